@@ -1,0 +1,56 @@
+"""Bad inputs that follow from an op's declaration by themselves, and those that its spec adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from glm5_hal.spec import Arg, BadInput, OpSpec
+
+Spoil = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def bad_inputs(spec: OpSpec) -> Iterator[BadInput]:
+    """Every tensor argument with a wrong dtype, rank, size, type, device or refused strides; then the spec's own."""
+    seen: set[str] = set()
+    for arg in spec.args:
+        if arg.optional:
+            continue
+        yield BadInput(f"{arg.name}-not_a_tensor", "TYPE", _replace(arg.name, lambda t: t.tolist()))
+        yield BadInput(f"{arg.name}-dtype", "DTYPE", _replace(arg.name, lambda t: t.to(torch.complex64)))
+        if "..." not in arg.dims:
+            yield BadInput(f"{arg.name}-rank", "SHAPE", _replace(arg.name, lambda t: t[None]))
+        yield from _wrong_sizes(arg, seen)
+        if arg is not spec.args[0]:
+            yield BadInput(f"{arg.name}-device", "DEVICE", _replace(arg.name, lambda t: t.to("meta")))
+        if arg.layout == "page":
+            yield BadInput(f"{arg.name}-strides", "STRIDE", _replace(arg.name, _strided))
+    yield from spec.errors
+
+
+def _wrong_sizes(arg: Arg, seen: set[str]) -> Iterator[BadInput]:
+    """Each dim that an earlier argument has already fixed, one too large."""
+    dims = arg.dims.split()
+    for position, dim in enumerate(dims):
+        if dim == "...":
+            continue
+        if not dim.isidentifier() or dim in seen:
+            at = position if "..." not in dims[:position] else position - len(dims)
+            yield BadInput(f"{arg.name}-size-{dim}", "SHAPE", _replace(arg.name, _grow(at)))
+        seen.update({dim} if dim.isidentifier() else ())
+
+
+def _grow(dim: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda t: torch.cat([t, t.narrow(dim, 0, 1)], dim)
+
+
+def _strided(t: torch.Tensor) -> torch.Tensor:
+    """The same values with a gap after every row."""
+    wide = torch.cat([t, t], -1)
+    return wide[..., : t.shape[-1]]
+
+
+def _replace(name: str, change: Callable[[torch.Tensor], Any]) -> Spoil:
+    return lambda args: {**args, name: change(args[name])}

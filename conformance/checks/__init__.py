@@ -1,0 +1,18 @@
+"""The checks, in the order in which they run. Each module has one `check(trial) -> Finding`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from glm5_hal.conformance.checks import accuracy, form, integrity, layout, plan, poison, rerun
+from glm5_hal.conformance.trial import Finding, Trial
+
+CHECKS: Mapping[str, Callable[[Trial], Finding]] = {
+    "form": form.check,
+    "accuracy": accuracy.check,
+    "integrity": integrity.check,
+    "rerun": rerun.check,
+    "poison": poison.check,
+    "layout": layout.check,
+    "plan": plan.check,
+}

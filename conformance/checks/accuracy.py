@@ -1,0 +1,125 @@
+"""Every output against the float64 oracle, each judged as its op declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from glm5_hal.conformance import compare
+from glm5_hal.conformance.compare import Judgement
+from glm5_hal.conformance.oracle import Run
+from glm5_hal.conformance.trial import Finding, Trial
+from glm5_hal.ops._common import caches
+from glm5_hal.spec import (
+    AbsoluteError,
+    Accuracy,
+    BitExact,
+    CacheContents,
+    Calibrated,
+    Given,
+    Selection,
+)
+from glm5_hal.state import FORMATS
+
+#: What a strictly sequential fp32 sum over n terms may lose, in units of its roundoff, is about sqrt(n) (measured:
+#: 0.4 on random signs, 0.6 on equal ones); twice that is the floor of every budget.
+SEQUENTIAL = 2.0 * 2.0**-24
+
+
+def check(trial: Trial) -> Finding:
+    return judge(trial, trial.first)
+
+
+def judge(trial: Trial, run: Run) -> Finding:
+    """Judge a run's outputs and mutated arguments; the first failure is the finding, all numbers are kept."""
+    errors: dict[str, float] = {}
+    budget: dict[str, float] = {}
+    problem, mistrusted = "", False
+    for name, rule in trial.spec.accuracy.items():
+        if name in trial.spec.mutates and trial.inputs.args[name] is None:
+            continue
+        verdict = _judge_one(trial, run, name, rule)
+        errors |= {f"{name}.{k}": v for k, v in verdict.errors.items()}
+        budget |= {f"{name}.{k}": v for k, v in verdict.budget.items()}
+        mistrusted = mistrusted or verdict.mistrusted
+        if not verdict.ok and not problem:
+            problem = f"{name}: {verdict.detail}"
+    return Finding(not problem, problem, errors, budget, mistrusted)
+
+
+def _judge_one(trial: Trial, run: Run, name: str, rule: Accuracy) -> Judgement:
+    args, truth, honest = trial.inputs.args, trial.expected.truth, trial.expected.honest
+    if isinstance(rule, CacheContents):
+        return _cache_contents(trial, run, name, rule)
+    x = run.outs[name] if name in run.outs else run.mutated[name]
+    y = truth.outs[name] if name in truth.outs else truth.mutated[name]
+    b = honest.outs[name] if name in honest.outs else honest.mutated[name]
+    if isinstance(rule, BitExact) or (trial.case.sample.fill == "exact" and isinstance(rule, Calibrated)):
+        return compare.bit_exact(x, y.to(b.dtype))
+    if isinstance(rule, Selection):
+        scores, tau = rule.scores(args)
+        claims = trial.kernel.provides
+        return compare.selection(
+            x,
+            scores,
+            tau,
+            canonical="canonical_ties" in claims and (trial.case.sample.fill == "exact" or _is_zero(tau)),
+            sorted_="sorted_indices" in claims,
+            padded=rule.padded,
+        )
+    if isinstance(rule, Given):
+        y = rule.expected(args, tuple(run.outs.values()))
+        b = y.to(x.dtype)
+        return compare.calibrated(x, y, b, unit=compare.unit_roundoff(_name(x)), floor=_floor(trial, rule.depth, None))
+    floor = _floor(trial, rule.depth, rule.amplify)
+    if isinstance(rule, AbsoluteError):
+        return compare.absolute(x, y, b, unit=compare.unit_roundoff(_name(b)), floor=floor)
+    return compare.calibrated(x, y, b, unit=compare.unit_roundoff(_name(b)), floor=floor, row_dims=rule.row_dims)
+
+
+def _cache_contents(trial: Trial, run: Run, name: str, rule: CacheContents) -> Judgement:
+    """The written rows, read back as numbers; and every other byte as it was."""
+    args = trial.inputs.args
+    fmt = FORMATS[args["cache_format"]]
+    if name != fmt.tensors[0]:
+        return Judgement(True, {}, {}, "")  # judged together with the format's first tensor
+    slots = args["slot_mapping"][args["slot_mapping"] >= 0]
+    for tensor in fmt.tensors:
+        stray = _stray_write(args[tensor], run.mutated[tensor], caches.written(fmt, args, slots, tensor))
+        if stray:
+            return Judgement(False, {}, {}, f"{tensor} was written outside slot_mapping: {stray}")
+    x, y, b = (
+        _rows(fmt.name, {t: r.mutated[t] for t in fmt.tensors}, slots, args)
+        for r in (run, trial.expected.truth, trial.expected.honest)
+    )
+    stored = "bfloat16" if fmt.group else _name(args[name])
+    floor = _floor(trial, rule.depth, None) + (caches.flip_floor(fmt, y.shape[-1]) if fmt.group else 0.0)
+    return compare.calibrated(x, y, b, unit=compare.unit_roundoff(stored), floor=floor)
+
+
+def _rows(fmt: str, tensors: Mapping[str, torch.Tensor], slots: torch.Tensor, args: Mapping[str, Any]) -> torch.Tensor:
+    latent, rope = caches.read_exact(FORMATS[fmt], tuple(tensors.values()), slots, caches.latent_dim(FORMATS[fmt], args))
+    return latent if rope is None else torch.cat([latent, rope], -1)
+
+
+def _stray_write(before: torch.Tensor, after: torch.Tensor, written: torch.Tensor) -> str | None:
+    changed = (before.contiguous().view(torch.uint8) != after.contiguous().view(torch.uint8)).view(*before.shape, -1)
+    stray = (changed.any(-1) & ~written).nonzero()
+    return f"{len(stray)} elements, the first at {stray[0].tolist()}" if len(stray) else None
+
+
+def _floor(trial: Trial, depth: tuple[str, ...], amplify: Any) -> Any:
+    """What the order of accumulation may cost: see SEQUENTIAL."""
+    terms = sum(trial.axes[axis] for axis in depth)
+    base = SEQUENTIAL * max(terms, 1) ** 0.5
+    return base if amplify is None else base * amplify(trial.inputs.args)
+
+
+def _is_zero(tau: Any) -> bool:
+    return not bool(torch.as_tensor(tau).any())
+
+
+def _name(t: torch.Tensor) -> str:
+    return str(t.dtype)[6:]

@@ -1,0 +1,31 @@
+"""The same inputs in fresh memory give the same bits, where the kernel claims ``deterministic``."""
+
+from __future__ import annotations
+
+from glm5_hal.conformance.oracle import Run
+from glm5_hal.conformance.trial import Finding, Trial, same_bits
+
+RUNS = 3
+
+
+def check(trial: Trial) -> Finding:
+    if "deterministic" not in trial.kernel.provides:
+        return Finding(None, "the kernel does not claim deterministic")
+    for again in range(1, RUNS):
+        different = first_difference(trial.first, trial.run())
+        if different:
+            return Finding(False, f"run {again + 1} differs from run 1 in {different}")
+    return Finding(True)
+
+
+def first_difference(a: Run, b: Run) -> str | None:
+    """Where two runs' bits first differ, in words; None if nowhere."""
+    for name in (*a.outs, *a.mutated):
+        x, y = (run.outs.get(name, run.mutated.get(name)) for run in (a, b))
+        if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype:
+            return f"{name}: shape or dtype"
+        if not same_bits(x, y):
+            unequal = (x.contiguous().reshape(-1) != y.contiguous().reshape(-1)).nonzero()
+            where = int(unequal[0]) if len(unequal) else 0
+            return f"{name} at flat index {where}: {x.reshape(-1)[where]} and {y.reshape(-1)[where]}"
+    return None

@@ -1,0 +1,117 @@
+"""What a run writes and shows: ``results.jsonl`` as it goes, JUnit and a terminal table from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+from xml.etree import ElementTree
+
+from glm5_hal.conformance.results import Result
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.progress import Progress, TaskID
+
+
+@contextmanager
+def sink(folder: Path) -> Iterator[TextIO]:
+    """``folder/results.jsonl``, begun afresh. Results go to a temporary name that is renamed at the end of the run, so
+    an interrupted run never passes for a whole one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "results.partial.jsonl"
+    with partial.open("w", encoding="utf-8") as out:
+        yield out
+    partial.replace(folder / "results.jsonl")
+
+
+def write_junit(results: Sequence[Result], path: Path) -> None:
+    """JUnit XML for CI systems: a case per test, UNSUPPORTED and NOT_RUN as skipped."""
+    suite = ElementTree.Element(
+        "testsuite",
+        name="glm5-hal conformance",
+        tests=str(len(results)),
+        failures=str(sum(not r.ok for r in results)),
+        skipped=str(sum(r.verdict in ("UNSUPPORTED", "NOT_RUN") for r in results)),
+        time=f"{sum(r.seconds for r in results):.3f}",
+    )
+    for r in results:
+        case = ElementTree.SubElement(suite, "testcase", classname=f"{r.backend}.{r.op}", name=r.case, time=f"{r.seconds:.3f}")
+        if not r.ok:
+            failure = ElementTree.SubElement(case, "failure", type=r.verdict, message=_printable(r.detail))
+            failure.text = f"{_printable(r.detail)}\n{r.repro}"
+        elif r.verdict in ("UNSUPPORTED", "NOT_RUN"):
+            ElementTree.SubElement(case, "skipped", message=_printable(f"{r.code} {r.detail}"))
+    ElementTree.ElementTree(suite).write(path, encoding="unicode", xml_declaration=True)
+
+
+def _printable(text: str) -> str:
+    """XML has no control characters; a kernel's message may."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def table(results: Sequence[Result]) -> RenderableType:
+    """Verdicts by op and kernel, with each op's worst use of its error budget."""
+    from rich.table import Table
+
+    shown = Table(title=None, header_style="bold")
+    for column in ("op", "kernel"):
+        shown.add_column(column, no_wrap=True)
+    for column in ("pass", "fail", "unsupported", "other", "worst error / budget", "seconds"):
+        shown.add_column(column, justify="right")
+    for (op, target), group in _grouped(results).items():
+        count = Counter(r.verdict for r in group)
+        kernels = ", ".join(dict.fromkeys(r.kernel for r in group if r.kernel)) or target
+        failed = count["FAIL"]
+        other = len(group) - count["PASS"] - failed - count["UNSUPPORTED"]
+        shown.add_row(
+            op,
+            kernels,
+            str(count["PASS"]),
+            f"[red]{failed}[/]" if failed else "0",
+            str(count["UNSUPPORTED"]),
+            f"[red]{other}[/]" if other else "0",
+            _worst(group),
+            f"{sum(r.seconds for r in group):.1f}",
+        )
+    return shown
+
+
+def _grouped(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for r in results:
+        groups.setdefault((r.op, r.backend), []).append(r)
+    return groups
+
+
+def _worst(group: Sequence[Result]) -> str:
+    ratios = [
+        r.errors[name] / r.budget[name]
+        for r in group
+        for name in r.errors.keys() & r.budget.keys()
+        if 0 < r.budget[name] < float("inf")
+    ]
+    return f"{max(ratios):.2f}" if ratios else "exact"
+
+
+def verdict_line(results: Sequence[Result]) -> str:
+    """The run in one line."""
+    count = Counter(r.verdict for r in results)
+    parts = [f"{n} {verdict}" for verdict, n in count.most_common()]
+    return f"{len(results)} cases: {', '.join(parts) or 'none'}"
+
+
+@contextmanager
+def progress(total: int, show: bool) -> Iterator[tuple[Progress, TaskID] | None]:
+    """A live bar on stderr, naming the case in hand."""
+    if not show:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield bar, bar.add_task("starting", total=total)

@@ -1,0 +1,104 @@
+"""One result per case: the record of ``results.jsonl``, from which every other report derives."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+#: Every verdict, and whether it lets a run succeed.
+VERDICTS: dict[str, bool] = {
+    "PASS": True,
+    "FAIL": False,
+    "XFAIL": True,
+    "XPASS": False,
+    "UNSUPPORTED": True,
+    "MISTRUSTED": False,
+    "CRASH": False,
+    "HANG": False,
+    "OOM": False,
+    "ERROR": False,
+    "NOT_RUN": True,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one case gave on one kernel.
+
+    Attributes:
+        case: the id, which with backend and seed reproduces the result.
+        kernel: "backend:provider" that served the call, "" if none did.
+        verdict: one of :data:`VERDICTS`; ``code`` and ``detail`` say why it is not PASS.
+        evidence: how strongly the result speaks about hardware.
+        errors, budget: measured errors and what they may be, by output and criterion.
+        checks: every check's answer: "ok", "failed: ...", or "n/a: ...".
+        inputs: sha256 of the inputs' bytes.
+        seconds: the whole case; kernel_seconds: the judged run alone.
+        repro: the command that runs this case again.
+    """
+
+    case: str
+    op: str
+    backend: str
+    kernel: str
+    verdict: str
+    evidence: str
+    device: str
+    dtype: str
+    level: str
+    seed: int
+    repro: str
+    code: str = ""
+    detail: str = ""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    budget: Mapping[str, float] = field(default_factory=dict)
+    checks: Mapping[str, str] = field(default_factory=dict)
+    inputs: str = ""
+    seconds: float = 0.0
+    kernel_seconds: float = 0.0
+    schema: int = SCHEMA
+
+    @property
+    def ok(self) -> bool:
+        return VERDICTS[self.verdict]
+
+    def as_json(self) -> str:
+        return json.dumps(_finite(asdict(self)), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: as text they stay readable and the line stays valid."""
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    return value
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``results.jsonl``."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def summary(results: Sequence[Result]) -> dict[str, Any]:
+    """Verdict counts, whole and by op, and what failed: what `--json` prints."""
+    ops: dict[str, Counter[str]] = {}
+    for r in results:
+        ops.setdefault(r.op, Counter())[r.verdict] += 1
+    return {
+        "ok": bool(results) and all(r.ok for r in results),
+        "cases": len(results),
+        "verdicts": dict(Counter(r.verdict for r in results)),
+        "ops": {op: dict(c) for op, c in ops.items()},
+        "failed": [
+            {"case": r.case, "kernel": r.kernel, "verdict": r.verdict, "detail": r.detail, "repro": r.repro}
+            for r in results
+            if not r.ok
+        ],
+    }

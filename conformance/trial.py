@@ -1,0 +1,103 @@
+"""One case on one kernel: what every check is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from glm5_hal.backend import Kernel
+from glm5_hal.capability import Facts
+from glm5_hal.conformance import oracle
+from glm5_hal.conformance.cases import Case
+from glm5_hal.conformance.oracle import Run
+from glm5_hal.metadata import bind_axes
+from glm5_hal.spec import Inputs, OpSpec
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A check's answer. ``ok`` None means that the check does not apply, and ``detail`` says why."""
+
+    ok: bool | None
+    detail: str = ""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    budget: Mapping[str, float] = field(default_factory=dict)
+    mistrusted: bool = False
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Oracle and emulation of a case: the same for every kernel that is judged on it."""
+
+    truth: Run
+    honest: Run
+
+
+class Trial:
+    """A case's inputs, its expectations, and a way to run the kernel on fresh copies."""
+
+    def __init__(
+        self,
+        case: Case,
+        inputs: Inputs,
+        kernel: Kernel,
+        call: Callable[..., Any],
+        device: str,
+        expected: Expected,
+        facts: Facts,
+    ) -> None:
+        self.case, self.inputs, self.kernel, self.device, self.expected = case, inputs, kernel, device, expected
+        self.facts = facts
+        self._call = call
+
+    @cached_property
+    def axes(self) -> Mapping[str, Any]:
+        """The op's axes and integer scalars, as this case binds them."""
+        args, spec = self.inputs.args, self.spec
+        shapes = {n: None if args[n] is None else tuple(args[n].shape) for n in spec.tensors}
+        return bind_axes(spec, shapes, {n: args[n] for n in spec.options})
+
+    @property
+    def spec(self) -> OpSpec:
+        return self.case.spec
+
+    def run(self, args: Mapping[str, Any] | None = None) -> Run:
+        """Run the kernel on the device with private copies of everything; results come back to the CPU."""
+        placed = self.place(self.inputs.args if args is None else args)
+        return self.bring_back(self._call(**placed), placed)
+
+    def call(self, **placed: Any) -> Any:
+        return self._call(**placed)
+
+    def place(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Private copies on the device, strides kept."""
+        return {k: _fresh(v, self.device) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+
+    def bring_back(self, returned: Any, placed: Mapping[str, Any]) -> Run:
+        run = oracle.collect(self.spec, returned, placed)
+        return Run({k: v.cpu() for k, v in run.outs.items()}, {k: v.cpu() for k, v in run.mutated.items()})
+
+    @cached_property
+    def first(self) -> Run:
+        """The run that is judged."""
+        return self.run()
+
+
+def _fresh(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """A copy in its own memory with the same strides (gaps included), so that layouts survive the move."""
+    if tensor.is_contiguous():
+        return tensor.to(device, copy=True)
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    flat = torch.zeros(max(span, 0), dtype=tensor.dtype, device=device)
+    return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equality of bytes: NaN equals itself, 0.0 differs from −0.0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.numel() else True

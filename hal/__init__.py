@@ -1,0 +1,77 @@
+"""glm5-hal: the operators of GLM-5 class models on every accelerator.
+
+>>> import glm5_hal
+>>> y = glm5_hal.ops.rms_norm(x, weight, eps=1e-5)      # served by the backend that GLM5_BACKEND names
+>>> with glm5_hal.use("cpu:torch", require="deterministic"):
+...     indices = glm5_hal.ops.topk_indices(scores, seq_lens, top_k=2048)
+>>> print(glm5_hal.explain("topk_indices", top_k=4096))  # every candidate, and why it is or is not taken
+
+Importing this loads no torch and no vendor's software: names are resolved when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if __name__ != "glm5_hal":
+    raise ImportError("import glm5_hal; the folder's bare name is not a package")
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "use": "context",
+    "reset": "context",
+    "explain": "explanation",
+    "HalError": "errors",
+    "watch": "observe",
+    "counts": "observe",
+    "clear_counts": "observe",
+    "hookimpl": "hookspecs",
+    "Backend": "backend",
+    "Device": "backend",
+    "Unavailable": "backend",
+    "Kernel": "backend",
+    "kernel": "backend",
+    "kernels_of": "backend",
+    "StepPlan": "state",
+    "CacheFormat": "state",
+    "Prepared": "state",
+    "cache_format": "state",
+    "preferred_formats": "state",
+    "prepare": "state",
+    "rope_tables": "state",
+}
+
+__all__ = ["__version__", "ops", *_HOME]
+
+if TYPE_CHECKING:
+    from glm5_hal import ops
+    from glm5_hal.backend import Backend, Device, Kernel, Unavailable, kernel, kernels_of
+    from glm5_hal.context import reset, use
+    from glm5_hal.errors import HalError
+    from glm5_hal.explanation import explain
+    from glm5_hal.hookspecs import hookimpl
+    from glm5_hal.observe import clear_counts, counts, watch
+    from glm5_hal.state import (
+        CacheFormat,
+        Prepared,
+        StepPlan,
+        cache_format,
+        prepare,
+        preferred_formats,
+        rope_tables,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("glm5_hal.ops")
+    if name in _HOME:
+        value = globals()[name] = getattr(importlib.import_module(f"glm5_hal.{_HOME[name]}"), name)
+        return value
+    raise AttributeError(f"module 'glm5_hal' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

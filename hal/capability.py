@@ -1,0 +1,360 @@
+"""Capability as data: what a kernel asks of a call, and the typed answer.
+
+A requirement names what it reads, so that the dispatcher's table key holds just that, and answers a call with
+:class:`Accepted` or :class:`Rejected` (code, detail, fix). The same objects drive dispatch, ``explain``, the support
+matrix and the conformance verdict UNSUPPORTED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+
+@dataclass(frozen=True)
+class TensorMeta:
+    """What may be known of a tensor without reading its values. ``dtype`` is torch's name without ``torch.``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    device: str = "cpu"
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def contiguous(self) -> bool:
+        return self.contiguous_below(0)
+
+    def contiguous_below(self, dim: int) -> bool:
+        """Whether the dims from ``dim`` on are row-major without gaps."""
+        if self.strides is None or 0 in self.shape:
+            return True
+        expected = 1
+        for size, stride in zip(reversed(self.shape[dim:]), reversed(self.strides[dim:]), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One call as the requirements see it: tensor metadata, scalar arguments, and the bound axes of the op's spec."""
+
+    op: str
+    tensors: Mapping[str, TensorMeta | None]
+    scalars: Mapping[str, Any] = field(default_factory=dict)
+    axes: Mapping[str, int] = field(default_factory=dict)
+
+    def value(self, name: str) -> Any:
+        """The value of an axis or of a scalar argument."""
+        if name in self.axes:
+            return self.axes[name]
+        return self.scalars[name]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a requirement may know of the machine. Filled from the backend's probe."""
+
+    arch: str = ""
+    features: frozenset[str] = frozenset()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    def __str__(self) -> str:
+        return "accepted"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A typed no. ``patch`` is the fix in a form that a program can apply to the call: ((name, new value), ...);
+    names are axes, scalars, or ``tensor.dtype`` / ``tensor.strides``. It is empty where the fix is outside the call."""
+
+    code: str
+    detail: str
+    fix: str
+    patch: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return f"rejected  {self.code}  {self.detail}  -> {self.fix}"
+
+
+Decision = Accepted | Rejected
+ACCEPTED = Accepted()
+
+
+@runtime_checkable
+class Requirement(Protocol):
+    """``reads`` names what the answer depends on: ("q", "dtype"), ("q", "shape"), ("q", "strides") or ("top_k", "value")."""
+
+    @property
+    def reads(self) -> frozenset[tuple[str, str]]: ...
+
+    def test(self, call: Signature, facts: Facts) -> Decision: ...
+
+    def describe(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class _Dtype:
+    arg: str
+    allowed: tuple[str, ...]
+
+    @property
+    def reads(self) -> frozenset[tuple[str, str]]:
+        return frozenset({(self.arg, "dtype")})
+
+    def test(self, call: Signature, facts: Facts) -> Decision:
+        meta = call.tensors.get(self.arg)
+        if meta is None or meta.dtype in self.allowed:
+            return ACCEPTED
+        wanted = " or ".join(self.allowed)
+        return Rejected(
+            "DTYPE",
+            f"{self.arg} is {meta.dtype}, this kernel takes {wanted}",
+            f"convert {self.arg} to {self.allowed[0]}",
+            ((f"{self.arg}.dtype", self.allowed[0]),),
+        )
+
+    def describe(self) -> str:
+        return f"{self.arg} in {', '.join(self.allowed)}"
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A bound on an axis or an integer scalar: kind is "<=", ">=" or "multiple of"."""
+
+    name: str
+    kind: str
+    bound: int
+
+    @property
+    def reads(self) -> frozenset[tuple[str, str]]:
+        return frozenset({(self.name, "value")})
+
+    def test(self, call: Signature, facts: Facts) -> Decision:
+        got = call.value(self.name)
+        ok = {
+            "<=": lambda: got <= self.bound,
+            ">=": lambda: got >= self.bound,
+            "multiple of": lambda: got % self.bound == 0 and got > 0,
+        }[self.kind]()
+        if ok:
+            return ACCEPTED
+        new = max(1, round(got / self.bound)) * self.bound if self.kind == "multiple of" else self.bound
+        code = {"<=": "LIMIT", ">=": "MINIMUM", "multiple of": "MULTIPLE"}[self.kind]
+        return Rejected(
+            code,
+            f"{self.name} must be {self.kind} {self.bound}, got {got}",
+            f"use {self.name}={new}, or another kernel",
+            ((self.name, new),),
+        )
+
+    def describe(self) -> str:
+        return f"{self.name} {self.kind} {self.bound}"
+
+
+@dataclass(frozen=True)
+class _OneOf:
+    name: str
+    allowed: tuple[Any, ...]
+
+    @property
+    def reads(self) -> frozenset[tuple[str, str]]:
+        return frozenset({(self.name, "value")})
+
+    def test(self, call: Signature, facts: Facts) -> Decision:
+        got = call.value(self.name)
+        if got in self.allowed:
+            return ACCEPTED
+        wanted = ", ".join(map(repr, self.allowed))
+        return Rejected(
+            "CHOICE",
+            f"{self.name} must be one of {wanted}, got {got!r}",
+            f"use {self.name}={self.allowed[0]!r}, or another kernel",
+            ((self.name, self.allowed[0]),),
+        )
+
+    def describe(self) -> str:
+        return f"{self.name} in {', '.join(map(str, self.allowed))}"
+
+
+@dataclass(frozen=True)
+class _Contiguous:
+    arg: str
+
+    @property
+    def reads(self) -> frozenset[tuple[str, str]]:
+        return frozenset({(self.arg, "strides"), (self.arg, "shape")})
+
+    def test(self, call: Signature, facts: Facts) -> Decision:
+        meta = call.tensors.get(self.arg)
+        if meta is None or meta.contiguous:
+            return ACCEPTED
+        return Rejected(
+            "STRIDE",
+            f"{self.arg} must be contiguous, its strides are {meta.strides} for shape {meta.shape}",
+            f"pass {self.arg}.contiguous()",
+            ((f"{self.arg}.strides", None),),
+        )
+
+    def describe(self) -> str:
+        return f"{self.arg} contiguous"
+
+
+@dataclass(frozen=True)
+class _Absent:
+    arg: str
+
+    @property
+    def reads(self) -> frozenset[tuple[str, str]]:
+        return frozenset({(self.arg, "dtype")})
+
+    def test(self, call: Signature, facts: Facts) -> Decision:
+        if call.tensors.get(self.arg) is None:
+            return ACCEPTED
+        return Rejected(
+            "UNSUPPORTED_ARG", f"this kernel does not take {self.arg}", f"leave {self.arg} out", ((self.arg, None),)
+        )
+
+    def describe(self) -> str:
+        return f"without {self.arg}"
+
+
+@dataclass(frozen=True)
+class _Arch:
+    allowed: tuple[str, ...]
+    reads: frozenset[tuple[str, str]] = frozenset()
+
+    def test(self, call: Signature, facts: Facts) -> Decision:
+        if facts.arch in self.allowed:
+            return ACCEPTED
+        wanted = " or ".join(self.allowed)
+        return Rejected("ARCH", f"this kernel is for {wanted}, the device is {facts.arch}", f"run it on {wanted}")
+
+    def describe(self) -> str:
+        return f"arch {', '.join(self.allowed)}"
+
+
+@dataclass(frozen=True)
+class _Feature:
+    name: str
+    fix: str
+    reads: frozenset[tuple[str, str]] = frozenset()
+
+    def test(self, call: Signature, facts: Facts) -> Decision:
+        if self.name in facts.features:
+            return ACCEPTED
+        return Rejected("FEATURE", f"the device or its software lacks {self.name}", self.fix)
+
+    def describe(self) -> str:
+        return f"feature {self.name}"
+
+
+@dataclass(frozen=True)
+class _Package:
+    """An installed distribution within a version range, as the probe reported it or as its metadata says."""
+
+    name: str
+    versions: str
+    reads: frozenset[tuple[str, str]] = frozenset()
+
+    def test(self, call: Signature, facts: Facts) -> Decision:
+        problem = package_problem(self.name, self.versions, facts.versions)
+        if problem is None:
+            return ACCEPTED
+        return Rejected("PACKAGE", problem, f"pip install '{self.name}{self.versions}'")
+
+    def describe(self) -> str:
+        return f"{self.name}{self.versions}"
+
+
+@dataclass(frozen=True)
+class _When:
+    predicate: Callable[[Signature], bool]
+    reason: str
+    fix: str
+    reads: frozenset[tuple[str, str]]
+
+    def test(self, call: Signature, facts: Facts) -> Decision:
+        return ACCEPTED if self.predicate(call) else Rejected("CONDITION", self.reason, self.fix)
+
+    def describe(self) -> str:
+        return self.reason
+
+
+def dtype(arg: str, *allowed: str) -> Requirement:
+    """``arg`` has one of these dtypes (torch names: "bfloat16")."""
+    return _Dtype(arg, allowed)
+
+
+def limit(name: str, maximum: int) -> Requirement:
+    """An axis or integer scalar is at most ``maximum``."""
+    return _Number(name, "<=", maximum)
+
+
+def at_least(name: str, minimum: int) -> Requirement:
+    """An axis or integer scalar is at least ``minimum``."""
+    return _Number(name, ">=", minimum)
+
+
+def multiple_of(name: str, factor: int) -> Requirement:
+    """An axis or integer scalar is a positive multiple of ``factor``."""
+    return _Number(name, "multiple of", factor)
+
+
+def one_of(name: str, *allowed: Any) -> Requirement:
+    """An axis or scalar is one of these values."""
+    return _OneOf(name, allowed)
+
+
+def contiguous(arg: str) -> Requirement:
+    """``arg`` is row-major without gaps."""
+    return _Contiguous(arg)
+
+
+def absent(arg: str) -> Requirement:
+    """The optional tensor ``arg`` is not given."""
+    return _Absent(arg)
+
+
+def arch(*allowed: str) -> Requirement:
+    """The probed device's architecture is one of these ("sm_90")."""
+    return _Arch(allowed)
+
+
+def feature(name: str, fix: str) -> Requirement:
+    """The probe reported this feature."""
+    return _Feature(name, fix)
+
+
+def package(name: str, versions: str) -> Requirement:
+    """The distribution ``name`` is installed in a version within ``versions`` (PEP 440, ">=2.9")."""
+    return _Package(name, versions)
+
+
+def when(
+    predicate: Callable[[Signature], bool], reason: str, fix: str, *, reads: tuple[tuple[str, str], ...]
+) -> Requirement:
+    """Only where data cannot say it. ``reads`` lists everything that ``predicate`` looks at."""
+    return _When(predicate, reason, fix, frozenset(reads))
+
+
+def package_problem(name: str, versions: str, known: Mapping[str, str] | None = None) -> str | None:
+    """None if the distribution is installed within ``versions``; else what is wrong, in words."""
+    from importlib import metadata
+
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        found = (known or {}).get(name) or metadata.version(name)
+        inside = Version(found) in SpecifierSet(versions, prereleases=True)
+    except metadata.PackageNotFoundError:
+        return f"{name}{versions} is needed and {name} is not installed"
+    except InvalidVersion:
+        return f"{name}{versions} is needed and the version found, {found!r}, cannot be read"
+    return None if inside else f"{name}{versions} is needed and {found} is installed"

@@ -1,0 +1,83 @@
+"""The installed backends as one object: discovered, probed and loaded lazily, each at most once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from glm5_hal import plugins
+from glm5_hal.backend import Device, Kernel, Unavailable
+from glm5_hal.capability import one_of
+from glm5_hal.errors import HalError, suggest
+from glm5_hal.plugins import PluginRecord
+
+
+class Catalogue:
+    """Thread-safe; `glm5_hal.resolve.Catalogue` is the part of it that resolution reads."""
+
+    def __init__(self, records: Sequence[PluginRecord] | None = None) -> None:
+        self._lock = threading.RLock()
+        self._records = None if records is None else tuple(records)
+        self._devices: dict[str, Device | Unavailable] = {}
+        self._kernels: dict[str, tuple[Kernel, ...]] = {}
+
+    @property
+    def records(self) -> tuple[PluginRecord, ...]:
+        if self._records is None:
+            with self._lock:
+                if self._records is None:
+                    self._records = plugins.discover()
+        return self._records
+
+    def record(self, name: str) -> PluginRecord:
+        """The record that answers for a backend name. Raises HalError("UNKNOWN")."""
+        named = [r for r in self.records if r.name == name]
+        if not named:
+            raise HalError(
+                "UNKNOWN", f"no backend {name!r}", value=name, fix=suggest(name, {r.name for r in self.records})
+            )
+        return min(named, key=lambda r: r.status != "ok")
+
+    def device(self, name: str) -> Device | Unavailable:
+        """What the backend's probe found, asked once per process."""
+        with self._lock:
+            if name not in self._devices:
+                self._devices[name] = plugins.probe(self.record(name))
+            return self._devices[name]
+
+    def all_kernels(self, name: str) -> tuple[Kernel, ...]:
+        """Every kernel of a backend, signatures checked; composites' defaults included. Raises HalError("PLUGIN")."""
+        with self._lock:
+            if name not in self._kernels:
+                self._kernels[name] = self._load(name)
+            return self._kernels[name]
+
+    def kernels(self, name: str, op: str) -> tuple[Kernel, ...]:
+        return tuple(k for k in self.all_kernels(name) if k.op == op)
+
+    def providers(self, name: str) -> tuple[str, ...] | None:
+        """Provider names of a backend, or None where its device is not there and its kernels cannot be asked."""
+        if self.record(name).status != "ok" or isinstance(self.device(name), Unavailable):
+            return None
+        return tuple(dict.fromkeys(k.provider for k in self.all_kernels(name)))
+
+    def _load(self, name: str) -> tuple[Kernel, ...]:
+        from glm5_hal.ops import specs
+
+        from glm5_hal.dispatch import default_of
+
+        known = specs()
+        loaded = plugins.load_kernels(self.record(name), {n: s.signature for n, s in known.items()})
+        formatted = tuple(_plain_weights_unless_declared(k, "weight_format" in known[k.op].options) for k in loaded)
+        composites = tuple(
+            Kernel(n, "composite", default_of(s), provides=frozenset(s.attributes)) for n, s in known.items() if s.composite
+        )
+        return formatted + composites
+
+
+def _plain_weights_unless_declared(kernel: Kernel, takes_format: bool) -> Kernel:
+    """A kernel that says nothing about prepared weights knows the plain form only; silence must not mean "any"."""
+    if not takes_format or any(("weight_format", "value") in r.reads for r in kernel.requires):
+        return kernel
+    requires = (*kernel.requires, one_of("weight_format", "plain"))
+    return Kernel(kernel.op, kernel.provider, kernel.fn, requires, kernel.provides)

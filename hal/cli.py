@@ -1,0 +1,173 @@
+"""``glm5-hal``: what is installed, why a call goes where it goes, and the conformance suite.
+
+Exit codes: 0 ok, 1 failures, 2 usage, 3 device unavailable. Nothing heavy is imported until a command needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from glm5_hal.conformance import cli as conformance
+from glm5_hal.errors import HalError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="GLM-5 operators on every accelerator: what is there, what runs, and whether it is right.",
+)
+app.add_typer(conformance.app, name="conformance")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+#: Codes whose cause is the machine, not the call.
+UNAVAILABLE = ("UNAVAILABLE", "PLUGIN")
+
+
+def main() -> None:
+    """Run the command line; a HalError becomes its text on stderr and the right exit code."""
+    try:
+        app()
+    except HalError as problem:
+        typer.echo(f"error {problem}", err=True)
+        sys.exit(3 if problem.code in UNAVAILABLE else 1 if problem.code == "NO_KERNEL" else 2)
+
+
+@app.command("list")
+def list_everything(as_json: Json = False) -> None:
+    """List ops, backends, providers and cache formats."""
+    from glm5_hal.inventory import inventory
+
+    found = inventory()
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    ops = Table("op", "group", "since", "what it computes", header_style="bold")
+    for op in found["ops"]:
+        ops.add_row(op["name"], op["group"], str(op["since"]), op["summary"])
+    backends = Table("backend", "status", "device", "providers", "from", header_style="bold")
+    for b in found["backends"]:
+        backends.add_row(b["name"], b["status"], b["device_type"], ", ".join(b["providers"]), f"{b['dist']} {b['version']}")
+    formats = Table("cache format", "kind", "layout", header_style="bold")
+    for f in found["cache_formats"]:
+        formats.add_row(f["name"], f["kind"], f["layout"])
+    Console().print(ops, backends, formats, sep="\n")
+
+
+@app.command()
+def doctor(
+    as_json: Json = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that a backend's probe may take.", min=0.1)] = 20.0,
+) -> None:
+    """Check every backend: found, versions, probe, a tiny kernel; and say what to do where something is wrong.
+
+    Exit code 1 if a backend is broken or the environment's settings are not usable.
+    """
+    from glm5_hal.doctor import examine, render
+
+    found = examine(timeout)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(found))
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command(context_settings={"allow_extra_args": False})
+def explain(
+    op: Annotated[str, typer.Argument(help="An op of `glm5-hal list`.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Axes and scalars of the call: top_k=4096 T=64 dtype=bfloat16 device=cuda")
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="A policy, as in GLM5_BACKEND.")] = None,
+    require: Annotated[list[str] | None, typer.Option(help="An attribute that the kernel must claim.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which kernel would serve a call, and why each candidate is or is not taken.
+
+    What is not given comes from the op's first sample. Exit code 1 if no kernel takes the call.
+    """
+    from glm5_hal.context import use
+    from glm5_hal.explanation import explain as ask
+
+    changes = dict(_setting(text) for text in settings or [])
+    with use(backend, require=require):
+        found = ask(op, **changes)
+    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else str(found))
+    raise typer.Exit(0 if found.ok else 1)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise HalError("CONFIG", f"{text!r} is not NAME=VALUE", value=text, fix="write top_k=4096 or dtype=bfloat16")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, {"True": True, "False": False, "None": None}.get(value, value)
+
+
+@app.command()
+def params(
+    model: Annotated[str, typer.Argument(help="glm-5, glm-5.2, deepseek-v3.2, or the path of a config.json.")],
+    context: Annotated[int, typer.Option(help="Cached tokens at which FLOPs per token are counted.", min=1)] = 4096,
+    as_json: Json = False,
+) -> None:
+    """Count a model's parameters, FLOPs per token and KV-cache bytes per token, by component."""
+    from glm5_hal import params as counting
+
+    found = counting.report(counting.load(model), context)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(counting.render(found))
+
+
+@app.command()
+def bench(
+    op: Annotated[list[str] | None, typer.Option("--op", help="Only ops that match this glob. May be repeated.")] = None,
+    backend: Annotated[str, typer.Option(help="B or B:provider. B alone times every provider but the reference.")] = "cpu",
+    level: Annotated[str, typer.Option(help="Whose shapes: smoke, standard (GLM-5's real widths) or full.")] = "standard",
+    dtype: Annotated[str, typer.Option(help="Storage dtype.")] = "bfloat16",
+    seconds: Annotated[float, typer.Option(help="Time budget per case.", min=0.01)] = 0.5,
+    as_json: Json = False,
+) -> None:
+    """Time kernels on the suite's shapes, against this machine's measured copy bandwidth and matmul rate."""
+    from glm5_hal.conformance.bench import measure, render
+
+    found = measure(backend, op or ["*"], level, dtype, seconds, progress=not as_json and sys.stderr.isatty())
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(render(found))
+
+
+@app.command("new-backend")
+def new_backend(
+    name: Annotated[str, typer.Argument(help="The backend's name: lower-case letters, digits, '-' and '_'.")],
+    out: Annotated[Path, typer.Option(help="Where the package's folder is made.")] = Path("."),
+    as_json: Json = False,
+) -> None:
+    """Write a working vendor package: its own pyproject, entry point, one kernel of its own, a test."""
+    from glm5_hal.scaffold import write
+
+    made = write(name, out)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(made.folder), "files": [str(f) for f in made.files]}, indent=2))
+        return
+    typer.echo(made.next_steps)

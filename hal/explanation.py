@@ -1,0 +1,119 @@
+"""Why a call goes where it goes: every candidate's answer, for a real call or for one described by its axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from glm5_hal import context
+from glm5_hal.capability import Signature, TensorMeta
+from glm5_hal.errors import HalError, suggest
+from glm5_hal.metadata import bind_axes, evaluate, signature_of
+from glm5_hal.resolve import Resolution, resolve
+from glm5_hal.spec import OpSpec
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was asked, under which policy, and what each candidate said. ``str()`` is the table."""
+
+    call: Signature
+    policy: str
+    provenance: str
+    resolution: Resolution
+
+    @property
+    def ok(self) -> bool:
+        return self.resolution.chosen is not None
+
+    def as_dict(self) -> dict[str, Any]:
+        chosen = self.resolution.chosen
+        return {
+            "op": self.call.op,
+            "policy": {"text": self.policy, "provenance": self.provenance},
+            "tensors": {n: {"dtype": m.dtype, "shape": list(m.shape)} for n, m in self.call.tensors.items() if m},
+            "scalars": dict(self.call.scalars),
+            "chosen": chosen.name if chosen else None,
+            "trace": [step.as_dict() for step in self.resolution.trace],
+        }
+
+    def __str__(self) -> str:
+        tensors = ", ".join(f"{n} {m.dtype}{list(m.shape)}" for n, m in self.call.tensors.items() if m)
+        scalars = ", ".join(f"{n}={v}" for n, v in self.call.scalars.items())
+        lines = [f"{self.call.op}({tensors}; {scalars})", f"policy: {self.policy} ({self.provenance})"]
+        chosen = self.resolution.chosen
+        for step in self.resolution.trace:
+            mark = "*" if chosen and step.candidate == chosen.name else " "
+            lines.append(f" {mark} {step}")
+        if chosen is None:
+            lines.append("no kernel takes this call; nothing was tried, nothing was copied")
+            if not self.resolution.trace:
+                lines.append("no backend is installed for this device: `glm5-hal doctor` lists what is there")
+        return "\n".join(lines)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Which kernel would serve a call, and why each candidate is or is not taken.
+
+    Args:
+        op: the op's name.
+        args, kwargs: the call itself, with tensors; or no tensors, and then any of the op's scalars and axes by name
+            (``explain("topk_indices", top_k=4096, T=64, S=131072)``), ``dtype`` and ``device``. What is left out
+            comes from the op's first sample.
+
+    Raises:
+        HalError: UNKNOWN for an op or a name that it does not have; what the op itself would raise for bad metadata.
+    """
+    from glm5_hal.ops import specs
+
+    if op not in specs():
+        raise HalError("UNKNOWN", f"no op {op!r}", value=op, fix=suggest(op, specs()))
+    spec = specs()[op]
+    if args or any(name in spec.tensors for name in kwargs):
+        from glm5_hal.dispatch import op_named
+
+        call = op_named(op).describe(*args, **kwargs)
+    else:
+        call = described(spec, kwargs)
+    policy, require, _ = context.effective()
+    found = resolve(spec, call, context.catalogue(), policy.targets(op), require, exhaustive=True)
+    return Explanation(call, policy.text, policy.provenance, found)
+
+
+def described(spec: OpSpec, changes: Mapping[str, Any]) -> Signature:
+    """A signature from axes, scalars, ``dtype`` and ``device``; the rest as in the op's first sample."""
+    sample = next(iter(spec.samples()))
+    changes = dict(changes)
+    dtype = changes.pop("dtype", sample.dtypes[0])
+    device = changes.pop("device", "cpu")
+    from glm5_hal.conformance.inputs import Draw
+
+    args = spec.inputs(sample, sample.dtypes[0], Draw(0, spec.name)).args
+    scalars = {s.name: args[s.name] for s in spec.scalars}
+    axes = bind_axes(spec, {n: None if args[n] is None else tuple(args[n].shape) for n in spec.tensors}, scalars)
+    settable = {**{k: v for k, v in axes.items() if k != "..."}, **scalars}
+    for name in changes:
+        if name not in settable:
+            raise HalError(
+                "UNKNOWN", f"{spec.name} has no axis or scalar {name!r}", value=name, fix=suggest(name, [*settable, "dtype"])
+            )
+    axes |= {k: v for k, v in changes.items() if k in axes}
+    scalars |= {k: v for k, v in changes.items() if k in scalars}
+    metas = {}
+    for arg in spec.args:
+        if args[arg.name] is None:
+            metas[arg.name] = None
+            continue
+        given = str(args[arg.name].dtype)[6:]
+        wanted = dtype if given == sample.dtypes[0] and arg.dtype in spec.dtypes else given
+        metas[arg.name] = TensorMeta(wanted, shape_of(arg.dims, axes), device)
+    return signature_of(spec, metas, scalars)
+
+
+def shape_of(dims: str, axes: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape that dims spell out for bound axes."""
+    shape: tuple[int, ...] = ()
+    for dim in dims.split():
+        shape += tuple(axes["..."]) if dim == "..." else (evaluate(dim, axes),)
+    return shape

@@ -1,0 +1,48 @@
+"""What is installed, as data: ops, backends, cache formats. Probes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glm5_hal import context
+from glm5_hal.ops import specs
+from glm5_hal.state import FORMATS
+
+
+def inventory() -> dict[str, Any]:
+    """Everything that `glm5-hal list` shows. A backend's providers are known once its device is there."""
+    catalogue = context.catalogue()
+    backends = []
+    for record in catalogue.records:
+        providers = catalogue.providers(record.name) if record.builtin and record.status == "ok" else None
+        backends.append(
+            {
+                "name": record.name,
+                "status": record.status,
+                "reason": record.reason,
+                "device_type": record.backend.device_type if record.backend else "",
+                "providers": [p for p in providers or () if p != "composite"],
+                "dist": record.dist,
+                "version": record.version,
+                "builtin": record.builtin,
+            }
+        )
+    return {
+        "ops": [
+            {
+                "name": s.name,
+                "group": s.group,
+                "since": s.since,
+                "composite": s.composite,
+                "signature": str(s.signature).replace("torch.", ""),
+                "summary": s.doc.splitlines()[0],
+                "attributes": list(s.attributes),
+                "mutates": list(s.mutates),
+            }
+            for s in specs().values()
+        ],
+        "backends": backends,
+        "cache_formats": [
+            {"name": f.name, "kind": f.kind, "tensors": list(f.tensors), "layout": f.layout} for f in FORMATS.values()
+        ],
+    }

@@ -1,0 +1,147 @@
+"""What ran, and how often: selection events, counters and profiler ranges, all off the hot path.
+
+Nothing here costs a call unless it is switched on: observing wraps the kernels that the dispatch tables hold, and
+switching it on or off clears those tables.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from glm5_hal import context
+from glm5_hal.capability import Signature
+from glm5_hal.resolve import Choice
+
+log = logging.getLogger("glm5_hal")
+log.addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True)
+class Observing:
+    counters: bool = False
+    profile: bool = False
+
+
+class _State:
+    def __init__(self) -> None:
+        self.observing = Observing()
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.seconds: Counter[tuple[str, str]] = Counter()
+        self.fallbacks: Counter[tuple[str, str]] = Counter()
+        self.lock = threading.Lock()
+
+
+_state = _State()
+
+
+def watch(*, counters: bool = False, profile: bool = False) -> None:
+    """Switch observing on or off, for every call from now on (bound kernels excepted: they are bare).
+
+    Args:
+        counters: count calls and host seconds per (op, backend:provider), read with :func:`counts`.
+        profile: give each call a torch.profiler range named ``glm5::op[backend:provider]``.
+    """
+    _state.observing = Observing(counters, profile)
+    dispatch = sys.modules.get("glm5_hal.dispatch")
+    if dispatch is not None:
+        dispatch.clear_tables()
+
+
+def counts() -> dict[str, dict[str, Any]]:
+    """Calls, host seconds and fallback selections per ``op[backend:provider]``, most calls first."""
+    with _state.lock:
+        return {
+            f"{op}[{kernel}]": {
+                "calls": calls,
+                "seconds": _state.seconds[op, kernel],
+                "fallback": _state.fallbacks[op, kernel] > 0,
+            }
+            for (op, kernel), calls in _state.calls.most_common()
+        }
+
+
+def clear_counts() -> None:
+    with _state.lock:
+        _state.calls.clear()
+        _state.seconds.clear()
+        _state.fallbacks.clear()
+
+
+def wrapped(op: str, choice: Choice, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, with whatever observing is on around it."""
+    observing, name = _state.observing, choice.name
+    if observing.profile:
+        fn = _ranged(fn, f"glm5::{op}[{name}]")
+    if observing.counters:
+        fn = _counted(fn, (op, name))
+    return fn
+
+
+def _ranged(fn: Callable[..., Any], label: str) -> Callable[..., Any]:
+    import torch
+
+    def ranged(*args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function(label):
+            return fn(*args, **kwargs)
+
+    return ranged
+
+
+def _counted(fn: Callable[..., Any], key: tuple[str, str]) -> Callable[..., Any]:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            spent = time.perf_counter() - start
+            with _state.lock:
+                _state.calls[key] += 1
+                _state.seconds[key] += spent
+
+    return counted
+
+
+def selected(op: str, call: Signature, choice: Choice) -> None:
+    """A table entry was made: say so where GLM5_LOG asks for it. A fallback that the policy lists warns once."""
+    if choice.fallback:
+        key = (op, choice.name)
+        with _state.lock:
+            first = key not in _state.fallbacks
+            _state.fallbacks[key] += 1
+        if first:
+            log.warning("fallback: %s is served by %s, which is not the first backend in the policy", op, choice.name)
+        emit("hal.fallback", {"op": op, "kernel": choice.name})
+    emit("hal.select", {"op": op, "kernel": choice.name, "signature": _spelled(call)})
+
+
+def emit(event: str, fields: Mapping[str, Any]) -> None:
+    """One event to the log that GLM5_LOG names: a line for people, or a JSON line for programs."""
+    setting = context.settings().log
+    if setting.level == "off":
+        return
+    if setting.level == "jsonl":
+        line = json.dumps({"event": event, "time": time.time(), **fields})
+        with _state.lock, open(setting.path, "a", encoding="utf-8") as sink:
+            sink.write(line + "\n")
+        return
+    text = "  ".join(f"{k}={v}" for k, v in fields.items())
+    if setting.level == "debug" or event != "hal.select" or fields["op"] not in _announced:
+        _announced.add(str(fields.get("op")))
+        print(f"glm5_hal {event}  {text}", file=sys.stderr)  # noqa: T201 - the user asked for it with GLM5_LOG
+
+
+_announced: set[str] = set()
+
+
+def _spelled(call: Signature) -> str:
+    tensors = (f"{n}:{m.dtype}{list(m.shape)}" for n, m in call.tensors.items() if m is not None)
+    scalars = (f"{n}={v}" for n, v in call.scalars.items())
+    return " ".join([*tensors, *scalars])

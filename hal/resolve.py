@@ -1,0 +1,192 @@
+"""Which kernel serves a call: decided before the call, from declared capability, with the whole trace kept.
+
+Pure: the same catalogue, policy and signature give the same answer, and nothing is changed by asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from glm5_hal.backend import Backend, Device, Kernel, Unavailable
+from glm5_hal.capability import ACCEPTED, Accepted, Decision, Rejected, Signature
+from glm5_hal.policy import Target
+from glm5_hal.spec import OpSpec
+
+
+class Entry(Protocol):
+    """What resolution reads of a plugin record."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def builtin(self) -> bool: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def code(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def fix(self) -> str: ...
+    @property
+    def backend(self) -> Backend | None: ...
+
+
+class Catalogue(Protocol):
+    """What resolution needs to know of the installed backends."""
+
+    @property
+    def records(self) -> Sequence[Entry]: ...
+
+    def device(self, name: str) -> Device | Unavailable: ...
+
+    def kernels(self, name: str, op: str) -> Sequence[Kernel]: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One candidate, and what became of it."""
+
+    candidate: str
+    decision: Decision
+
+    def __str__(self) -> str:
+        return f"{self.candidate:<18} {self.decision}"
+
+    def as_dict(self) -> Mapping[str, object]:
+        if isinstance(self.decision, Accepted):
+            return {"candidate": self.candidate, "accepted": True}
+        return {
+            "candidate": self.candidate,
+            "accepted": False,
+            "code": self.decision.code,
+            "detail": self.decision.detail,
+            "fix": self.decision.fix,
+        }
+
+
+@dataclass(frozen=True)
+class Choice:
+    backend: str
+    kernel: Kernel
+    fallback: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}:{self.kernel.provider}"
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The first accepted kernel, if any, and every candidate that was considered on the way."""
+
+    op: str
+    chosen: Choice | None
+    trace: tuple[Step, ...]
+
+
+def resolve(
+    spec: OpSpec,
+    call: Signature,
+    catalogue: Catalogue,
+    targets: Sequence[Target],
+    require: frozenset[str] = frozenset(),
+    *,
+    exhaustive: bool = False,
+) -> Resolution:
+    """Walk the candidates in the policy's order; the first that accepts is chosen.
+
+    ``exhaustive`` goes on after the choice, so that `explain` shows what every candidate would say.
+    """
+    device_type = _device_type(call)
+    trace: list[Step] = []
+    chosen: Choice | None = None
+    for position, target, entry, explicit in _entries(targets, catalogue, device_type):
+        for step, kernel in _candidates(spec, call, catalogue, entry, target, require, device_type):
+            trace.append(step)
+            if kernel is not None and chosen is None:
+                chosen = Choice(entry.name, kernel, fallback=explicit and position > 0)
+            if chosen is not None and not exhaustive:
+                return Resolution(spec.name, chosen, tuple(trace))
+    return Resolution(spec.name, chosen, tuple(trace))
+
+
+def _device_type(call: Signature) -> str:
+    return next((meta.device.split(":")[0] for meta in call.tensors.values() if meta is not None), "cpu")
+
+
+def _entries(
+    targets: Sequence[Target], catalogue: Catalogue, device_type: str
+) -> Iterator[tuple[int, Target, Entry, bool]]:
+    """Backends in the order of the policy. ``auto`` takes every backend of the tensors' device, built-in ones first:
+    records come in that order."""
+    for position, target in enumerate(targets):
+        for entry in catalogue.records:
+            if target.backend == "auto":
+                if entry.backend is not None and entry.backend.device_type == device_type:
+                    yield position, target, entry, False
+            elif entry.name == target.backend:
+                yield position, target, entry, True
+
+
+def _candidates(
+    spec: OpSpec,
+    call: Signature,
+    catalogue: Catalogue,
+    entry: Entry,
+    target: Target,
+    require: frozenset[str],
+    device_type: str,
+) -> Iterator[tuple[Step, Kernel | None]]:
+    if entry.backend is None or entry.status != "ok":
+        yield Step(entry.name, Rejected("PLUGIN", entry.reason, entry.fix)), None
+        return
+    if entry.backend.device_type != device_type:
+        wanted = entry.backend.device_type
+        yield (
+            Step(
+                entry.name,
+                Rejected(
+                    "DEVICE",
+                    f"the tensors are on {device_type}, backend {entry.name} computes on {wanted}",
+                    f"move the tensors to {wanted}, or name a backend for {device_type} (nothing is copied for you)",
+                ),
+            ),
+            None,
+        )
+        return
+    device = catalogue.device(entry.name)
+    if isinstance(device, Unavailable):
+        yield Step(entry.name, Rejected("UNAVAILABLE", device.reason, device.fix)), None
+        return
+    kernels = [
+        k
+        for k in catalogue.kernels(entry.name, spec.name)
+        if (k.provider == target.provider or k.provider == "composite")
+        or (target.provider is None and k.provider != "reference")
+    ]
+    if not kernels:
+        which = f"{entry.name}:{target.provider}" if target.provider else entry.name
+        yield (
+            Step(which, Rejected("NOT_IMPLEMENTED", f"has no kernel for {spec.name}", "list a fallback in GLM5_BACKEND")),
+            None,
+        )
+    for kernel in sorted(kernels, key=lambda k: k.rank):
+        decision = _judge(spec, call, kernel, device, require)
+        step = Step(f"{entry.name}:{kernel.provider}", decision)
+        yield step, kernel if isinstance(decision, Accepted) else None
+
+
+def _judge(spec: OpSpec, call: Signature, kernel: Kernel, device: Device, require: frozenset[str]) -> Decision:
+    missing = sorted((require & set(spec.attributes)) - kernel.provides)
+    if missing:
+        return Rejected(
+            "ATTRIBUTE", f"does not claim {', '.join(missing)}", "drop it from hal.use(require=...), or use another kernel"
+        )
+    for requirement in kernel.requires:
+        decision = requirement.test(call, device.facts)
+        if isinstance(decision, Rejected):
+            return decision
+    return ACCEPTED

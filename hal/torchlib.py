@@ -1,0 +1,60 @@
+"""Every op as a torch.library operator, derived from its spec: schema, fake, and the refusal of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from glm5_hal.metadata import bind_axes, bind_dtypes, check_constraints, out_shapes
+from glm5_hal.spec import OpSpec
+
+NAMESPACE = "glm5"
+
+
+@lru_cache(maxsize=None)
+def _library() -> torch.library.Library:
+    return torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def schema(spec: OpSpec) -> str:
+    """The torch schema, read from the reference's annotations: "(Tensor x, Tensor weight, *, float eps) -> Tensor"."""
+
+    def prototype() -> None: ...
+
+    prototype.__signature__ = spec.signature  # type: ignore[attr-defined]
+    return str(torch.library.infer_schema(prototype, mutates_args=spec.mutates))
+
+
+def register(spec: OpSpec, call: Callable[..., Any]) -> Any:
+    """Define ``torch.ops.glm5.<name>``. Its implementation is the op itself, so eager calls through torch reach the
+    same table; gradients are refused there and at trace time."""
+    library = _library()
+    if not hasattr(getattr(torch.ops, NAMESPACE), spec.name):
+        library.define(spec.name + schema(spec), tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(spec.name, call, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{spec.name}", fake(spec), lib=library)
+    return getattr(getattr(torch.ops, NAMESPACE), spec.name).default
+
+
+def fake(spec: OpSpec) -> Callable[..., Any]:
+    """Outputs without values: shapes and dtypes from the declaration, contiguous, on the inputs' device."""
+
+    def outputs(*args: Any, **kwargs: Any) -> Any:
+        arguments = spec.bind(*args, **kwargs)
+        tensors = {name: arguments[name] for name in spec.tensors}
+        scalars = {name: arguments[name] for name in spec.options}
+        given = {n: None if t is None else str(t.dtype)[6:] for n, t in tensors.items()}
+        dtypes = bind_dtypes(spec, given)
+        axes = bind_axes(spec, {n: None if t is None else tuple(t.shape) for n, t in tensors.items()}, scalars)
+        check_constraints(spec, axes, scalars, {n: d for n, d in given.items() if d is not None})
+        device = next(t.device for t in tensors.values() if t is not None)
+        made = tuple(
+            torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            for shape, dtype in out_shapes(spec, axes, dtypes)
+        )
+        return made if len(made) > 1 else made[0] if made else None
+
+    return outputs

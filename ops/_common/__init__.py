@@ -1,0 +1,1 @@
+"""What the op declarations share: precision, cache bytes, paging, value checks, sample inputs."""

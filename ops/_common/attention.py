@@ -1,0 +1,73 @@
+"""What the attention ops share: one token's attention in the absorbed form, its cache arguments, its error terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5_hal.ops._common.precision import stored, up
+from glm5_hal.spec import Arg, Constraint
+from glm5_hal.state import FORMATS
+
+#: The cache arguments of every op over the MLA latent. C is the storage dtype: the format says which.
+LATENT_CACHE = (
+    Arg("kv_cache", "N P X", "C", "cache pages, in the named format", layout="page"),
+    Arg("rope_cache", "N P R", "F", "rope keys, for formats that keep them apart", optional=True, layout="page"),
+)
+
+
+def attend(q: Tensor, latent: Tensor, rope: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Queries [H, W] over n >= 1 keys (latent [n, L], rope [n, R]): out [H, L] and natural-log lse [H]."""
+    keys = latent if rope is None else torch.cat([latent, rope], -1)
+    scores = up(q) @ keys.T * scale
+    lse = torch.logsumexp(scores, -1)
+    p = stored(torch.exp(scores - scores.amax(-1, keepdim=True)), q)
+    return p @ latent / p.sum(-1, keepdim=True), lse
+
+
+def score_amplification(args: Mapping[str, Any]) -> float:
+    """How much a relative error of the scores' inner products is magnified: the size of a typical score."""
+    return 1.0 + 4.0 * typical_score(args)
+
+
+def typical_score(args: Mapping[str, Any]) -> float:
+    """scale · |q| · |k| / sqrt(width), with rms magnitudes; keys are taken to be as large as unit-grid samples."""
+    q = args["q"].double()
+    return float(args["scale"] * q.square().mean().sqrt() * 1.2 * q.shape[-1] ** 0.5) if q.numel() else 0.0
+
+
+def cache_constraints() -> tuple[Constraint, ...]:
+    """A latent format's tensors have its widths and its storage dtype."""
+
+    def fits(known: Mapping[str, Any]) -> bool:
+        fmt, L, R = FORMATS[known["cache_format"]], known["kv_lora_rank"], known["W"] - known["kv_lora_rank"]
+        if R <= 0 or (fmt.group and L % fmt.group) or ("R" in known) != (len(fmt.tensors) == 2):
+            return False
+        return bool((known["X"], known.get("R"))[: len(fmt.tensors)] == fmt.widths(L, R))
+
+    return (
+        Constraint(
+            "kv_cache and rope_cache have the widths of cache_format, for W = kv_lora_rank + rope dims",
+            fits,
+            "allocate with glm5_hal.cache_format(name).allocate(num_blocks, page_size, kv_lora_rank, rope_dim, dtype=...)",
+        ),
+        stores_in("kv_cache", "q"),
+    )
+
+
+def stores_in(cache: str, activations: str) -> Constraint:
+    """A cache has its format's storage dtype, or that of the activations."""
+
+    def fits(known: Mapping[str, Any]) -> bool:
+        wanted = FORMATS[known["cache_format"]].dtype or known["dtypes"][activations]
+        return bool(known["dtypes"][cache] == wanted)
+
+    return Constraint(
+        f"{cache} has the storage dtype of cache_format (uint8), or that of {activations} where nothing is quantised",
+        fits,
+        "allocate with glm5_hal.cache_format(name).allocate(..., dtype=activations.dtype)",
+        code="DTYPE",
+    )

@@ -1,0 +1,102 @@
+"""Sample inputs of paged, ragged batches: shuffled block tables, unused pages and tails, and where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5_hal.ops._common import caches
+from glm5_hal.ops._common.paging import slots_of
+from glm5_hal.spec import Draw
+from glm5_hal.state import CacheFormat
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests of ``lens[r] = (new tokens, cached keys)``, on pages that are shuffled over a larger cache."""
+
+    lens: tuple[tuple[int, int], ...]
+    page_size: int
+    num_blocks: int
+    block_table: Tensor
+    unused_table: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return sum(q for q, _ in self.lens)
+
+    @property
+    def seq_lens(self) -> Tensor:
+        return torch.tensor([s for _, s in self.lens], dtype=torch.int32)
+
+    @property
+    def cu_seqlens_q(self) -> Tensor:
+        return torch.tensor([0, *[q for q, _ in self.lens]]).cumsum(0).int()
+
+    @property
+    def max_seq_len(self) -> int:
+        return max((s for _, s in self.lens), default=0)
+
+    def used_slots(self) -> Tensor:
+        """Flat slots of every cached key, request by request."""
+        rows = [slots_of(self.block_table[r], torch.arange(s), self.page_size) for r, (_, s) in enumerate(self.lens)]
+        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
+
+    def new_slots(self) -> Tensor:
+        """Flat slots of the new tokens' keys, the last ones of each request, in token order."""
+        rows = [
+            slots_of(self.block_table[r], torch.arange(s - q, s), self.page_size) for r, (q, s) in enumerate(self.lens)
+        ]
+        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
+
+    def visible(self) -> Tensor:
+        """How many keys each token sees under the causal mask, never negative, [T]."""
+        rows = [torch.arange(s - q + 1, s + 1) for q, s in self.lens]
+        return torch.cat(rows).clamp_min(0) if rows else torch.zeros(0, dtype=torch.long)
+
+
+def paged(draw: Draw, lens: Sequence[tuple[int, int]], page_size: int) -> Batch:
+    """A batch whose pages lie shuffled among unused ones; unused entries of the block table hold garbage."""
+    need = [-(-s // page_size) for _, s in lens]
+    total, spare = sum(need), 3
+    order = draw.permutation(total + spare).int()
+    table = torch.full((len(lens), max(need, default=0) + 1), 0, dtype=torch.int32)
+    unused = torch.ones_like(table, dtype=torch.bool)
+    start = 0
+    for r, n in enumerate(need):
+        table[r, :n] = order[start : start + n]
+        unused[r, :n] = False
+        start += n
+    return Batch(tuple((q, s) for q, s in lens), page_size, total + spare, table, unused)
+
+
+def filled(
+    fmt: CacheFormat, batch: Batch, latent: Tensor, rope: Tensor | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The format's tensors with these rows in the used slots, and masks of everything that must not be read."""
+    dims = (latent.shape[-1],) if rope is None else (latent.shape[-1], rope.shape[-1])
+    made = []
+    for garbage in (7, 119):  # finite as numbers and as e4m3 bytes: a stray read gives a wrong value, not a crash
+        cache = fmt.allocate(batch.num_blocks, batch.page_size, *dims, dtype=latent.dtype)
+        for tensor in cache:
+            tensor.fill_(garbage)
+        caches.write(fmt, cache, batch.used_slots(), latent, rope)
+        made.append(cache)
+    if fmt.group:  # only for bytes: a row may hold the garbage value by chance, so compare the two fillings
+        return made[0], tuple(a != b for a, b in zip(*made, strict=True))
+    mask = torch.ones(batch.num_blocks * batch.page_size, 1, dtype=torch.bool)
+    mask[batch.used_slots()] = False
+    grid = mask.view(batch.num_blocks, batch.page_size, 1)
+    return made[0], tuple(grid.expand_as(c).clone() for c in made[0])
+
+
+def as_args(fmt: CacheFormat, tensors: tuple[Tensor, ...]) -> dict[str, Any]:
+    """The format's tensors under the names that ops give them; a latent format of one tensor has no rope_cache."""
+    named: dict[str, Any] = dict(zip(fmt.tensors, tensors, strict=True))
+    if fmt.kind == "latent":
+        named.setdefault("rope_cache", None)
+    return named

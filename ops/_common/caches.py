@@ -1,0 +1,148 @@
+"""The bytes of the named cache formats, read and written from their description in ``hal/formats.json``.
+
+Quantisation: e4m3 with one fp32 scale per group; the scale is the power of two at or above amax/448 (spec sections
+4.5 and 6.1), so every reader that converts scales to bf16 or E8M0 agrees on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5_hal.ops._common.precision import exact, is_exact, up
+from glm5_hal.state import CacheFormat
+
+E4M3_MAX = 448.0
+FLOOR = 1e-4
+
+
+def power_of_two_scale(amax: Tensor, floor: str) -> Tensor:
+    """The smallest power of two s with amax/s <= 448, fp32; ``floor`` says whether 1e-4 bounds "amax" or the "scale"."""
+    amax = amax.float()
+    raw = (amax.clamp_min(FLOOR) / E4M3_MAX) if floor == "amax" else (amax / E4M3_MAX).clamp_min(FLOOR)
+    mantissa, exponent = torch.frexp(raw)  # raw = mantissa * 2**exponent, mantissa in [0.5, 1): exact, unlike log2
+    return torch.ldexp(torch.ones_like(raw), exponent - (mantissa == 0.5).int())
+
+
+def quantise(x: Tensor, fmt: CacheFormat) -> tuple[Tensor, Tensor]:
+    """``x [..., L]`` to e4m3 bytes ``[..., L]`` and fp32 scales ``[..., L/group]``. Saturates, never NaN from overflow."""
+    groups = x.float().unflatten(-1, (-1, fmt.group))
+    scale = power_of_two_scale(groups.abs().amax(-1), fmt.floor)
+    codes = (groups / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes.view(torch.uint8).flatten(-2), scale
+
+
+def dequantise(codes: Tensor, scale: Tensor, fmt: CacheFormat) -> Tensor:
+    """e4m3 bytes and scales back to numbers: fp32, or float64 in an exact run."""
+    values = codes.contiguous().view(torch.float8_e4m3fn).float()
+    groups = (values.double() if is_exact() else values).unflatten(-1, (-1, fmt.group))
+    return (groups * scale[..., None]).flatten(-2)
+
+
+def write(fmt: CacheFormat, caches: tuple[Tensor, ...], slots: Tensor, latent: Tensor, rope: Tensor | None) -> None:
+    """Store rows ``latent [n, L]`` (and ``rope [n, R]``) at flat ``slots [n]``, all valid."""
+    page = caches[0].shape[1]
+    block, offset = slots // page, slots % page
+    if not fmt.group:
+        parts = [latent] if rope is None else [latent, rope]
+        rows = parts if len(caches) == len(parts) else [torch.cat(parts, -1)]
+        for cache, row in zip(caches, rows, strict=True):
+            cache[block, offset] = row.to(cache.dtype)
+        return
+    codes, scale = quantise(latent, fmt)
+    fields = {"latent": codes, "scale": _bytes(scale)}
+    if rope is not None:
+        fields["rope"] = _bytes(rope.to(torch.bfloat16))
+    if not fmt.block_major:
+        caches[0][block, offset] = torch.cat([fields[f] for f in fmt.fields], -1)
+        return
+    pages, start = caches[0].view(caches[0].shape[0], -1), 0
+    for name in fmt.fields:
+        width = fields[name].shape[-1]
+        columns = start + offset[:, None] * width + torch.arange(width, device=slots.device)
+        pages[block[:, None], columns] = fields[name]
+        start += page * width
+
+
+def read(
+    fmt: CacheFormat, caches: tuple[Tensor, ...], slots: Tensor, latent_dim: int
+) -> tuple[Tensor, Tensor | None]:
+    """The rows at flat ``slots [n]`` as numbers: ``latent [n, L]`` and ``rope [n, R]`` (None for index keys),
+    in the accumulation dtype."""
+    page = caches[0].shape[1]
+    block, offset = slots // page, slots % page
+    if not fmt.group:
+        rows = torch.cat([up(c[block, offset]) for c in caches], -1)
+        return rows[:, :latent_dim], rows[:, latent_dim:] if fmt.kind == "latent" else None
+    widths = {"latent": latent_dim, "scale": 4 * (latent_dim // fmt.group)}
+    widths["rope"] = caches[0].shape[-1] - sum(widths.values())
+    fields, start = {}, 0
+    if fmt.block_major:
+        pages = caches[0].view(caches[0].shape[0], -1)
+        for name in fmt.fields:
+            columns = start + offset[:, None] * widths[name] + torch.arange(widths[name], device=slots.device)
+            fields[name] = pages[block[:, None], columns]
+            start += page * widths[name]
+    else:
+        rows = caches[0][block, offset]
+        for name in fmt.fields:
+            fields[name] = rows[:, start : start + widths[name]]
+            start += widths[name]
+    latent = dequantise(fields["latent"], _numbers(fields["scale"], torch.float32), fmt)
+    return latent, up(_numbers(fields["rope"], torch.bfloat16)) if "rope" in fields else None
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def _numbers(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.contiguous().view(dtype)
+
+
+# --- for tests: what a write touched, and what it left there ---------------------------------------------------------
+
+
+def latent_dim(fmt: CacheFormat, args: Mapping[str, Any]) -> int:
+    """Width of the latent (or index key) in a cache, from the cache's own width and the known rope width."""
+    width: int = args[fmt.tensors[0]].shape[-1]
+    if len(fmt.tensors) == 2 or (fmt.kind == "index" and not fmt.group):
+        return width
+    rope = 0 if fmt.kind == "index" else _rope_dim(args)
+    if not fmt.group:
+        return width - rope
+    return (width - 2 * rope) * fmt.group // (fmt.group + 4)
+
+
+def _rope_dim(args: Mapping[str, Any]) -> int:
+    return int(args["k_pe"].shape[-1]) if "k_pe" in args else 2 * int(args["cos"].shape[-1])
+
+
+def written(fmt: CacheFormat, args: Mapping[str, Any], slots: Tensor, tensor: str) -> Tensor:
+    """Which elements of one of the format's tensors a write to these slots touches."""
+    L = latent_dim(fmt, args)
+    latent = torch.ones(len(slots), L)
+    rope = torch.ones(len(slots), _rope_dim(args)) if fmt.kind == "latent" else None
+    fillings = []
+    for value in (0, 1):
+        held = tuple(torch.full_like(args[t], value) for t in fmt.tensors)
+        write(fmt, held, slots, latent * 3, None if rope is None else rope * 3)
+        fillings.append(held[fmt.tensors.index(tensor)])
+    return fillings[0] == fillings[1]
+
+
+def read_exact(
+    fmt: CacheFormat, held: tuple[Tensor, ...], slots: Tensor, latent_width: int
+) -> tuple[Tensor, Tensor | None]:
+    """`read` in float64."""
+    with exact():
+        return read(fmt, held, slots, latent_width)
+
+
+def flip_floor(fmt: CacheFormat, width: int) -> float:
+    """What a few e4m3 codes that round the other way cost a row: two implementations that differ in the last bit
+    before quantising differ by one code (1/8 of the value at most) in a few elements."""
+    return 0.125 * (4.0 / width) ** 0.5 / 2

@@ -1,0 +1,43 @@
+"""What the indexer's ops share: arguments, constraints, error terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from glm5_hal.ops._common.attention import stores_in
+from glm5_hal.spec import Arg, Constraint, Scalar
+from glm5_hal.state import FORMATS, formats
+
+INDEX_ARGS = (
+    Arg("q", "T H D", "F", "index queries, after rope"),
+    Arg("weights", "T H", "A", "head weights, already scaled; may be negative"),
+    Arg("index_cache", "N P X", "C", "index key pages, in the named format", layout="page"),
+    Arg("block_table", "B M", "int32", "physical page of each logical page of each request"),
+    Arg("seq_lens", "B", "int32", "cached keys of each request, new tokens included"),
+    Arg("cu_seqlens_q", "B+1", "int32", "offsets of each request's tokens"),
+)
+
+INDEX_SCALARS = (Scalar("cache_format", "named cache format", choices=formats("index")),)
+
+
+def index_constraints() -> tuple[Constraint, ...]:
+    """An index format's tensor has its width and its storage dtype."""
+
+    def fits(known: Mapping[str, Any]) -> bool:
+        fmt, D = FORMATS[known["cache_format"]], known["D"]
+        return not (fmt.group and D % fmt.group) and bool((known["X"],) == fmt.widths(D))
+
+    return (
+        Constraint(
+            "index_cache has the width of cache_format for index_head_dim D",
+            fits,
+            "allocate with glm5_hal.cache_format(name).allocate(num_blocks, page_size, index_head_dim, dtype=...)",
+        ),
+        stores_in("index_cache", "q"),
+    )
+
+
+def logit_amplification(args: Mapping[str, Any]) -> float:
+    """Weights of both signs cancel: the terms of a logit are larger than the logit by up to sqrt(heads)."""
+    return float(4.0 * args["q"].shape[1] ** 0.5)

@@ -1,0 +1,27 @@
+"""Ragged batches over paged caches: which request and which slots a token's keys are in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from glm5_hal.state import host_list
+
+
+def requests(cu_seqlens_q: Tensor, seq_lens: Tensor) -> Iterator[tuple[int, slice, int]]:
+    """(request, its query tokens, its number of cached keys), in order."""
+    offsets, lengths = host_list(cu_seqlens_q), host_list(seq_lens)
+    for r, length in enumerate(lengths):
+        yield r, slice(offsets[r], offsets[r + 1]), length
+
+
+def slots_of(block_table_row: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    """Flat cache slots of local key positions, through one request's row of the block table."""
+    return block_table_row[positions // page_size].long() * page_size + positions % page_size
+
+
+def causal_limits(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """How many keys each query of a request sees, bottom-right aligned: the last query sees all. May be 0 or less."""
+    return torch.arange(1, num_queries + 1, device=device) + (num_keys - num_queries)

@@ -1,0 +1,196 @@
+"""sparse_mla: attention of every token over the keys that its own indices name, in the absorbed form.
+
+Legend: T tokens, H heads, L kv_lora_rank, R rope dim, W = L+R, K indices per token, B requests, M pages per request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5_hal.ops._common import batches, caches, checks
+from glm5_hal.ops._common.attention import LATENT_CACHE, attend, cache_constraints, score_amplification
+from glm5_hal.ops._common.paging import requests, slots_of
+from glm5_hal.ops._common.precision import down, up
+from glm5_hal.spec import (
+    FLOATS,
+    AbsoluteError,
+    Arg,
+    BadInput,
+    Calibrated,
+    Cost,
+    Draw,
+    Inputs,
+    OpSpec,
+    Out,
+    Sample,
+    Scalar,
+)
+from glm5_hal.state import FORMATS, formats
+
+
+def sparse_mla(
+    q: Tensor,
+    kv_cache: Tensor,
+    indices: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    rope_cache: Tensor | None = None,
+    *,
+    scale: float,
+    kv_lora_rank: int,
+    cache_format: str = "latent_576",
+) -> tuple[Tensor, Tensor]:
+    """out[t,h] = Σ_j p_j c_j with p = softmax_j(scale · q[t,h]·(c_j ⊕ r_j)), over the keys j that indices[t] names.
+
+    One index set per token serves all heads. Indices are positions local to the request, resolved through
+    ``block_table``; -1 is the only invalid value and may stand anywhere; duplicates must not occur. Which keys a token
+    may see was decided before (masks come before top-k), so no mask is applied here. The order of the indices does
+    not change the result beyond rounding. A token without a valid index gets out 0 and lse −inf.
+    """
+    fmt = FORMATS[cache_format]
+    T, H, _ = q.shape
+    out = up(q).new_zeros(T, H, kv_lora_rank)
+    lse = up(q).new_full((T, H), -torch.inf)
+    held = (kv_cache,) if rope_cache is None else (kv_cache, rope_cache)
+    page = kv_cache.shape[1]
+    for r, tokens, _ in requests(cu_seqlens_q, seq_lens):
+        for t in range(tokens.start, tokens.stop):
+            chosen = indices[t][indices[t] >= 0].long()
+            if chosen.numel():
+                latent, rope = caches.read(fmt, held, slots_of(block_table[r], chosen, page), kv_lora_rank)
+                out[t], lse[t] = attend(q[t], latent, rope, scale)
+    return down(out, q), lse
+
+
+def check_values(args: Mapping[str, Any]) -> None:
+    name = "sparse_mla"
+    checks.offsets(name, "cu_seqlens_q", args["cu_seqlens_q"], args["q"].shape[0], "query tokens")
+    checks.paged(name, args["block_table"], args["seq_lens"], args["kv_cache"])
+    indices, offsets = args["indices"], args["cu_seqlens_q"].tolist()
+    for r, length in enumerate(args["seq_lens"].tolist()):
+        rows = indices[offsets[r] : offsets[r + 1]]
+        checks.in_range(name, f"indices of request {r}", rows, -1, length, f"it has {length} keys, -1 is no key")
+
+
+GLM5 = {"H": 64, "L": 512, "R": 64, "K": 2048, "scale": 0.0625}
+TINY = {"H": 3, "L": 128, "R": 16, "K": 24, "scale": 0.07}
+
+
+def samples() -> Iterator[Sample]:
+    ragged = ((1, 61), (3, 40), (2, 16), (1, 8))
+    for fmt in formats("latent"):
+        yield Sample(f"decode-{fmt}", {**TINY, "lens": ragged, "page": 8, "format": fmt})
+    base = {**TINY, "page": 8, "format": "latent_576"}
+    edge = frozenset({"edge"})
+    yield Sample("prefill", {**base, "lens": ((37, 37), (20, 50))})
+    yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 30), (3, 0), (0, 0))}, tags=edge)
+    yield Sample("interleaved_invalid", {**base, "lens": ragged, "holes": True}, tags=edge)
+    yield Sample("no_tokens", {**base, "lens": ((0, 9),)}, tags=edge)
+    yield Sample("many_heads", {**base, "H": 40, "lens": ((2, 33),)})
+    yield Sample("peaked", {**base, "lens": ragged, "q_scale": 8.0})
+    yield Sample("uniform", {**base, "K": 16, "lens": ((2, 61), (1, 40))}, fill="exact")
+    for batch, lens in (("decode-b1-64k", ((1, 65536),)), ("decode-b4-mtp", ((2, 4097), (1, 2048), (4, 2049), (1, 63)))):
+        yield Sample(
+            f"glm5-{batch}", {**GLM5, "lens": lens, "page": 64, "format": "latent_576"}, "standard",
+            tags=frozenset({"glm5"}), dtypes=("bfloat16", "float32"),
+        )  # fmt: skip
+    for fmt in ("latent_512_rope_64", "fp8_656"):
+        yield Sample(
+            f"glm5-decode-{fmt}", {**GLM5, "lens": ((1, 4096), (2, 4097)), "page": 64, "format": fmt}, "standard",
+            tags=frozenset({"glm5"}), dtypes=("bfloat16",),
+        )  # fmt: skip
+    yield Sample(
+        "glm5-prefill", {**GLM5, "lens": ((24, 4096),), "page": 64, "format": "latent_576"}, "standard",
+        tags=frozenset({"glm5"}), dtypes=("bfloat16",),
+    )  # fmt: skip
+    yield Sample(
+        "dsv32-decode", {**GLM5, "H": 128, "scale": 0.135234, "lens": ((1, 4096),), "page": 64, "format": "latent_576"},
+        "standard", dtypes=("bfloat16",),
+    )  # fmt: skip
+
+
+def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
+    axes = sample.axes
+    H, L, R, K = (axes[a] for a in "HLRK")
+    fmt = FORMATS[axes["format"]]
+    batch = batches.paged(draw, axes["lens"], axes["page"])
+    keys, exact = int(batch.seq_lens.sum()), sample.fill == "exact"
+    latent = draw.small(keys, L, dtype=dtype) if exact else draw.normal(keys, L, dtype=dtype)
+    held, unread = batches.filled(fmt, batch, latent, draw.normal(keys, R, dtype=dtype))
+    q = draw.normal(batch.tokens, H, L + R, dtype=dtype, scale=axes.get("q_scale", 1.0))
+    if exact:  # equal scores over a power of two of keys: the average is exact in fp32
+        q = torch.zeros_like(q)
+    indices = torch.full((batch.tokens, K), -1, dtype=torch.int32)
+    for t, seen in enumerate(batch.visible().tolist()):
+        chosen = draw.permutation(seen)[:K].sort().values.int()
+        places = draw.permutation(K)[: len(chosen)].sort().values if axes.get("holes") else torch.arange(len(chosen))
+        indices[t, places] = chosen
+    args = {
+        "q": q,
+        "indices": indices,
+        "block_table": batch.block_table,
+        "seq_lens": batch.seq_lens,
+        "cu_seqlens_q": batch.cu_seqlens_q,
+        "scale": axes["scale"],
+        "kv_lora_rank": L,
+        "cache_format": fmt.name,
+        **batches.as_args(fmt, held),
+    }
+    return Inputs(args, {"block_table": batch.unused_table, **dict(zip(fmt.tensors, unread, strict=True))})
+
+
+def cost(axes: Mapping[str, Any]) -> Cost:
+    T, H, L, R, K = axes["T"], axes["H"], axes["kv_lora_rank"], axes["W"] - axes["kv_lora_rank"], axes["K"]
+    return Cost(
+        flops=2 * T * K * H * (2 * L + R), bytes=axes["itemsize"] * (T * K * (L + R) + T * H * (2 * L + R)) + 4 * T * K
+    )
+
+
+def _index_past_end(args: dict[str, Any]) -> dict[str, Any]:
+    args["indices"] = args["indices"].clone()
+    args["indices"][0, 0] = int(args["seq_lens"][0])
+    return args
+
+
+SPEC = OpSpec(
+    name="sparse_mla",
+    group="dsa",
+    reference=sparse_mla,
+    args=(
+        Arg("q", "T H W", "F", "absorbed queries: kv_lora_rank latent dims, then the rope dims"),
+        *LATENT_CACHE[:1],
+        Arg("indices", "T K", "int32", "key positions local to the request, -1 for none"),
+        Arg("block_table", "B M", "int32", "physical page of each logical page of each request"),
+        Arg("seq_lens", "B", "int32", "cached keys of each request, new tokens included"),
+        Arg("cu_seqlens_q", "B+1", "int32", "offsets of each request's tokens"),
+        *LATENT_CACHE[1:],
+    ),
+    scalars=(
+        Scalar("scale", "softmax scale: 0.0625 for GLM-5 (256^-0.5, not 576^-0.5)"),
+        Scalar("kv_lora_rank", "latent width L", low=1),
+        Scalar("cache_format", "named cache format", choices=formats("latent")),
+    ),
+    outs=(
+        Out("out", "T H kv_lora_rank", "F", "attention output in latent space"),
+        Out("lse", "T H", "acc", "natural log of the sum of exponentials, −inf where there was no key"),
+    ),
+    dtypes={"F": FLOATS, "C": (*FLOATS, "uint8")},
+    constraints=cache_constraints(),
+    rounding="scores and softmax in fp32; probabilities rounded to q's dtype before the product with the values",
+    attributes=("deterministic", "batch_invariant", "graph_safe"),
+    samples=samples,
+    inputs=inputs,
+    accuracy={
+        "out": Calibrated(depth=("W",), amplify=score_amplification),
+        "lse": AbsoluteError(depth=("W",), amplify=score_amplification),
+    },
+    cost=cost,
+    check_values=check_values,
+    errors=(BadInput("index_past_end", "VALUE", _index_past_end),),
+    source="spec 3.2, 3.3, 6.1, 14.2, 14.8",
+)

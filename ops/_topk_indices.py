@@ -1,0 +1,122 @@
+"""topk_indices: the k best keys of every row, as a total order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5_hal.ops._common import checks
+from glm5_hal.spec import Arg, BadInput, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar, Selection
+
+#: Scores and lengths of one row read as they are: no rounding stands between a score and its place.
+EXACT_SCORES = 0.0
+
+
+def topk_indices(scores: Tensor, seq_lens: Tensor, *, top_k: int) -> Tensor:
+    """The ``top_k`` highest of the first ``seq_lens[t]`` scores of each row, as ascending indices, -1 at the tail.
+
+    A total order: score descending, then index ascending; −0.0 equals +0.0. NaN and −inf are never chosen, so a row
+    with fewer than ``top_k`` eligible scores ends in -1. What lies at or beyond ``seq_lens[t]`` is not read.
+    """
+    T, S = scores.shape
+    positions = torch.arange(S, device=scores.device)
+    values = scores.double() + 0.0  # -0.0 + 0.0 is +0.0
+    eligible = (positions < seq_lens[:, None]) & ~values.isnan() & (values != -torch.inf)
+    order = torch.where(eligible, values, -torch.inf).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    chosen = torch.where(eligible.gather(-1, order), order, S).sort(dim=-1).values
+    out = torch.full((T, top_k), -1, dtype=torch.int32, device=scores.device)
+    out[:, : chosen.shape[1]] = torch.where(chosen < S, chosen, -1).int()
+    return out
+
+
+def oracle_scores(args: Mapping[str, Any]) -> tuple[Tensor, float]:
+    scores = args["scores"].double().clone()
+    beyond = torch.arange(scores.shape[1]) >= args["seq_lens"][:, None]
+    return scores.masked_fill(beyond, -torch.inf), EXACT_SCORES
+
+
+def check_values(args: Mapping[str, Any]) -> None:
+    width = args["scores"].shape[1]
+    checks.in_range("topk_indices", "seq_lens", args["seq_lens"], 0, width + 1, f"rows have {width} scores")
+
+
+def samples() -> Iterator[Sample]:
+    small = {"T": 6, "S": 150, "K": 64}
+    yield Sample("rows", small)
+    yield Sample("ties", {**small, "values": 5}, tags=frozenset({"edge", "ties"}))
+    yield Sample("all_equal", {**small, "values": 1}, tags=frozenset({"edge", "ties"}))
+    yield Sample("negative", {**small, "shift": -64.0}, tags=frozenset({"edge"}))
+    yield Sample("non_finite", {**small, "non_finite": True}, tags=frozenset({"edge"}))
+    yield Sample("fewer_than_k", {"T": 5, "S": 40, "K": 64}, tags=frozenset({"edge"}))
+    yield Sample("exactly_k", {"T": 3, "S": 64, "K": 64}, tags=frozenset({"edge"}))
+    yield Sample("no_rows", {"T": 0, "S": 64, "K": 8}, tags=frozenset({"edge"}))
+    yield Sample("no_keys", {"T": 2, "S": 0, "K": 8}, tags=frozenset({"edge"}))
+    yield Sample("one", {"T": 1, "S": 1, "K": 1}, tags=frozenset({"edge"}))
+    for keys in (2047, 2049, 16384):
+        yield Sample(f"glm5-{keys}", {"T": 16, "S": keys, "K": 2048}, "standard", tags=frozenset({"glm5"}))
+    yield Sample("glm5-ties-4097", {"T": 16, "S": 4097, "K": 2048, "values": 40}, "standard", tags=frozenset({"glm5"}))
+    yield Sample("glm5-65536", {"T": 4, "S": 65536, "K": 2048}, "standard", tags=frozenset({"glm5"}))
+    yield Sample("glm5-131072", {"T": 4, "S": 131072, "K": 2048}, "full", tags=frozenset({"glm5"}))
+
+
+def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
+    T, S, K = (sample.axes[a] for a in "TSK")
+    if "values" in sample.axes:  # few distinct values: ties across the k-th place in every row
+        scores = draw.integers(0, sample.axes["values"], T, S).to(getattr(torch, dtype)) - 2
+    else:
+        scores = draw.normal(T, S, dtype=dtype) + sample.axes.get("shift", 0.0)
+    if sample.axes.get("non_finite"):
+        kinds = draw.integers(0, 8, T, S)
+        for code, value in enumerate((torch.nan, -torch.inf, torch.inf, -0.0)):
+            scores[kinds == code] = value
+        scores[0] = -torch.inf
+    lengths = draw.integers(0, S + 1, T).int()
+    if T > 1:
+        lengths[0], lengths[-1] = S, min(S, K - 1)
+    beyond = torch.arange(S) >= lengths[:, None]
+    scores[beyond] = 96.0  # garbage that would win
+    return Inputs({"scores": scores, "seq_lens": lengths, "top_k": K}, {"scores": beyond})
+
+
+def cost(axes: Mapping[str, Any]) -> Cost:
+    return Cost(flops=axes["T"] * axes["S"], bytes=axes["itemsize"] * axes["T"] * axes["S"] + 4 * axes["T"] * axes["top_k"])
+
+
+def _too_long(args: dict[str, Any]) -> dict[str, Any]:
+    args["seq_lens"] = args["seq_lens"].clone().fill_(args["scores"].shape[1] + 1)
+    return args
+
+
+def _negative(args: dict[str, Any]) -> dict[str, Any]:
+    args["seq_lens"] = args["seq_lens"].clone().fill_(-1)
+    return args
+
+
+SPEC = OpSpec(
+    name="topk_indices",
+    group="dsa",
+    reference=topk_indices,
+    args=(
+        Arg("scores", "T S", "F", "scores of every key"),
+        Arg("seq_lens", "T", "int32", "how many leading scores of each row count"),
+    ),
+    scalars=(Scalar("top_k", "how many to choose, at least 1", low=1),),
+    outs=(Out("indices", "T top_k", "int32", "chosen positions, -1 where fewer are eligible"),),
+    dtypes={"F": ("float32", "bfloat16", "float16", "float64")},
+    rounding="none: scores are compared as they are",
+    attributes=("deterministic", "batch_invariant", "canonical_ties", "sorted_indices", "graph_safe"),
+    samples=samples,
+    inputs=inputs,
+    accuracy={"indices": Selection(oracle_scores)},
+    cost=cost,
+    check_values=check_values,
+    errors=(
+        BadInput("seq_lens_too_long", "VALUE", _too_long),
+        BadInput("seq_lens_negative", "VALUE", _negative),
+        BadInput("top_k_zero", "SCALAR", lambda args: {**args, "top_k": 0}),
+    ),
+    source="spec 4.3, 4.4, 14.2",
+)
