@@ -1,7 +1,7 @@
 """Inputs that are the same bits on every host, and a digest that proves it.
 
 Random bits come from Philox, a counter-based integer generator; integer arithmetic puts them on a grid whose points
-every floating dtype of the catalogue holds exactly. No libm, no float rounding, no order of evaluation is involved, so
+every floating dtype of the catalogue holds exactly. No libm, no rounding and no order of evaluation is involved, so
 a host of another architecture makes the same tensors and a bfloat16 case sees the same numbers as a float32 one.
 """
 
@@ -20,9 +20,6 @@ from glm5_hal.errors import HalError
 
 #: ``normal``'s grid: k * STEP with |k| <= 126, seven bits.
 STEP = 2.0**-5
-
-#: ``uniform``'s grid: that many equal steps from low to high.
-STEPS = 128
 
 
 class Draw:
@@ -46,16 +43,18 @@ class Draw:
         return _on_grid(bell, 126, STEP * scale, dtype).reshape(shape)
 
     def uniform(self, *shape: int, dtype: str = "float32", low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-        """One of 128 equally spaced values: low + k * (high - low) / 128.
+        """Even over low, low + step, … < high, with the power of two step that makes 65 to 128 of them: 1/128 for [0, 1).
 
-        Exact in every dtype, bfloat16 too, if high - low is a power of two and no bound is further from 0 than
-        2 * (high - low): [0, 1), [-1, 1), [0.5, 1.5). Elsewhere the value is rounded to float32 and then to the dtype:
-        still the same bits on every host, but not the same number in every dtype, and it may round to `high` itself.
+        Exact in every dtype, bfloat16 too, if low is a multiple of the step and no bound is further from 0 than 256
+        steps: [0, 1), [-1, 1), [0.25, 1), [0.5, 1.5). Else a value is rounded to float32 and then to the dtype: still
+        the same bits on every host, but not the same number in every dtype, and it may round to `high` itself.
         """
         if not low < high:
             raise HalError("CONTRACT", f"uniform: empty range [{low}, {high})", value=(low, high), fix="low < high")
-        k = (self._words(math.prod(shape)) >> np.uint32(25)).astype(np.float64)
-        values = torch.from_numpy(low + k * ((high - low) / STEPS))
+        mantissa, exponent = math.frexp(high - low)
+        step = 2.0 ** (exponent - (8 if mantissa == 0.5 else 7))
+        k = self._words(math.prod(shape)) % np.uint32(math.ceil((high - low) / step))
+        values = torch.from_numpy(low + k.astype(np.float64) * step)
         if dtype != "float64":
             values = values.float()
         return values.to(_dtype(dtype)).reshape(shape)

@@ -53,14 +53,14 @@ def _printable(text: str) -> str:
 
 
 def table(results: Sequence[Result]) -> RenderableType:
-    """Verdicts by op and kernel, with each op's worst use of its error budget."""
+    """Verdicts by op and kernel. "unsup" is UNSUPPORTED; "budget" is the largest error as a share of its budget."""
     from rich.table import Table
 
     shown = Table(title=None, header_style="bold")
     for column in ("op", "kernel"):
         shown.add_column(column, no_wrap=True)
-    for column in ("pass", "fail", "unsupported", "other", "worst error / budget", "seconds"):
-        shown.add_column(column, justify="right")
+    for column in ("pass", "fail", "unsup", "other", "budget", "s"):
+        shown.add_column(column, justify="right", no_wrap=True)
     for (op, target), group in _grouped(results).items():
         count = Counter(r.verdict for r in group)
         kernels = ", ".join(dict.fromkeys(r.kernel for r in group if r.kernel)) or target
@@ -93,7 +93,7 @@ def _worst(group: Sequence[Result]) -> str:
         for name in r.errors.keys() & r.budget.keys()
         if 0 < r.budget[name] < float("inf")
     ]
-    return f"{max(ratios):.2f}" if ratios else "exact"
+    return f"{max(ratios):.0%}" if ratios else "exact"
 
 
 def verdict_line(results: Sequence[Result]) -> str:

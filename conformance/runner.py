@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -123,6 +123,8 @@ def run_case(subject: Subject | HalError, case: Case, target: Target, seed: int,
             fields |= {"verdict": "ERROR", "code": "CONTRACT", "detail": f"the suite itself failed: {subject.what}"}
         else:
             fields |= _judge(subject, target)
+    except HalError as refusal:
+        fields |= _refused(refusal)
     except torch.OutOfMemoryError as problem:
         fields |= {"verdict": "OOM", "detail": str(problem)}
     except MemoryError as problem:
@@ -142,17 +144,51 @@ def _judge(subject: Subject, target: Target) -> dict[str, Any]:
         try:
             choice: Choice = op.choose(**placed)
         except HalError as refusal:
-            if refusal.code != "NO_KERNEL":
-                raise
-            reason = refusal.trace[-1].decision if refusal.trace else None
-            code, detail = (reason.code, reason.detail) if reason else ("NOT_IMPLEMENTED", refusal.what)
-            return {"verdict": "UNSUPPORTED", "code": code, "detail": detail, "inputs": subject.digest}
+            return _refused(refusal) | {"inputs": subject.digest}
         found = {"kernel": choice.name, "inputs": subject.digest}
         if case.bad is not None:
             return found | _judge_bad(subject, op, placed)
         assert subject.expected is not None
-        trial = Trial(case, subject.inputs, choice.kernel, op, target.device, subject.expected, target.facts.facts)
+        kernel = replace(choice.kernel, provides=claims(case, choice, placed))
+        trial = Trial(case, subject.inputs, kernel, op, target.device, subject.expected, target.facts.facts)
         return found | _checked(trial)
+
+
+class _Recorder:
+    """The namespace of ops for a composite's body, noting what the kernels of its parts claim."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Sequence[str], frozenset[str]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(ops, name)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self.parts.append((op.spec.attributes, op.choose(*args, **kwargs).kernel.provides))
+            return op(*args, **kwargs)
+
+        return called
+
+
+def claims(case: Case, choice: Choice, placed: dict[str, Any]) -> frozenset[str]:
+    """What the chosen kernel claims. A composite can give any attribute that is asked of its parts; unasked, it holds
+    what all of its parts claim."""
+    if choice.kernel.provider != "composite":
+        return choice.kernel.provides
+    recorder = _Recorder()
+    case.spec.reference(recorder, **oracle.copied(case.spec, placed))
+    return frozenset(
+        a for a in case.spec.attributes if all(a in has or a not in knows for knows, has in recorder.parts)
+    )
+
+
+def _refused(refusal: HalError) -> dict[str, Any]:
+    """No kernel takes the call, or one of the parts of a composite: UNSUPPORTED. Any other refusal is a failure."""
+    if refusal.code != "NO_KERNEL":
+        return {"verdict": "FAIL", "code": refusal.code, "detail": refusal.what}
+    reason = refusal.trace[-1].decision if refusal.trace else None
+    code, detail = (reason.code, reason.detail) if reason else ("NOT_IMPLEMENTED", refusal.what)
+    return {"verdict": "UNSUPPORTED", "code": code, "detail": detail}
 
 
 def _checked(trial: Trial) -> dict[str, Any]:

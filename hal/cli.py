@@ -60,7 +60,7 @@ def list_everything(as_json: Json = False) -> None:
     formats = Table("cache format", "kind", "layout", header_style="bold")
     for f in found["cache_formats"]:
         formats.add_row(f["name"], f["kind"], f["layout"])
-    Console().print(ops, backends, formats, sep="\n")
+    Console(markup=False).print(ops, backends, formats, sep="\n")
 
 
 @app.command()
@@ -154,7 +154,7 @@ def bench(
         return
     from rich.console import Console
 
-    Console().print(render(found))
+    Console(markup=False).print(render(found))
 
 
 @app.command("new-backend")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
 
 
 def cost(axes: Mapping[str, Any]) -> Cost:
-    T, D = axes["T"], axes["D"]
+    T, D = prod(axes["..."]), axes["D"]
     return Cost(flops=4 * T * D, bytes=axes["itemsize"] * (2 * T * D + D))
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_hal.ops._common import batches, caches, checks
+from glm5_hal.ops._common import caches, checks
 from glm5_hal.ops._common.attention import LATENT_CACHE, attend, cache_constraints, score_amplification
+from glm5_hal.ops._common.latents import latents
 from glm5_hal.ops._common.paging import requests, slots_of
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.spec import (
@@ -94,7 +95,10 @@ def samples() -> Iterator[Sample]:
     yield Sample("many_heads", {**base, "H": 40, "lens": ((2, 33),)})
     yield Sample("peaked", {**base, "lens": ragged, "q_scale": 8.0})
     yield Sample("uniform", {**base, "K": 16, "lens": ((2, 61), (1, 40))}, fill="exact")
-    for batch, lens in (("decode-b1-64k", ((1, 65536),)), ("decode-b4-mtp", ((2, 4097), (1, 2048), (4, 2049), (1, 63)))):
+    for batch, lens in (
+        ("decode-b1-64k", ((1, 65536),)),
+        ("decode-b4-mtp", ((2, 4097), (1, 2048), (4, 2049), (1, 63))),
+    ):
         yield Sample(
             f"glm5-{batch}", {**GLM5, "lens": lens, "page": 64, "format": "latent_576"}, "standard",
             tags=frozenset({"glm5"}), dtypes=("bfloat16", "float32"),
@@ -117,31 +121,17 @@ def samples() -> Iterator[Sample]:
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     axes = sample.axes
     H, L, R, K = (axes[a] for a in "HLRK")
-    fmt = FORMATS[axes["format"]]
-    batch = batches.paged(draw, axes["lens"], axes["page"])
-    keys, exact = int(batch.seq_lens.sum()), sample.fill == "exact"
-    latent = draw.small(keys, L, dtype=dtype) if exact else draw.normal(keys, L, dtype=dtype)
-    held, unread = batches.filled(fmt, batch, latent, draw.normal(keys, R, dtype=dtype))
-    q = draw.normal(batch.tokens, H, L + R, dtype=dtype, scale=axes.get("q_scale", 1.0))
-    if exact:  # equal scores over a power of two of keys: the average is exact in fp32
+    made = latents(sample, dtype, draw)
+    T = made.batch.tokens
+    q = draw.normal(T, H, L + R, dtype=dtype, scale=axes.get("q_scale", 1.0))
+    if sample.fill == "exact":  # equal scores over a power of two of keys: the average is exact in fp32
         q = torch.zeros_like(q)
-    indices = torch.full((batch.tokens, K), -1, dtype=torch.int32)
-    for t, seen in enumerate(batch.visible().tolist()):
+    indices = torch.full((T, K), -1, dtype=torch.int32)
+    for t, seen in enumerate(made.batch.visible().tolist()):
         chosen = draw.permutation(seen)[:K].sort().values.int()
         places = draw.permutation(K)[: len(chosen)].sort().values if axes.get("holes") else torch.arange(len(chosen))
         indices[t, places] = chosen
-    args = {
-        "q": q,
-        "indices": indices,
-        "block_table": batch.block_table,
-        "seq_lens": batch.seq_lens,
-        "cu_seqlens_q": batch.cu_seqlens_q,
-        "scale": axes["scale"],
-        "kv_lora_rank": L,
-        "cache_format": fmt.name,
-        **batches.as_args(fmt, held),
-    }
-    return Inputs(args, {"block_table": batch.unused_table, **dict(zip(fmt.tensors, unread, strict=True))})
+    return Inputs({"q": q, "indices": indices, **made.args}, made.poison)
 
 
 def cost(axes: Mapping[str, Any]) -> Cost:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.metadata import evaluate
 from glm5_hal.ops._common.precision import stored, up
 from glm5_hal.spec import Arg, Constraint
 from glm5_hal.state import FORMATS
@@ -22,15 +23,28 @@ LATENT_CACHE = (
 def attend(q: Tensor, latent: Tensor, rope: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Queries [H, W] over n >= 1 keys (latent [n, L], rope [n, R]): out [H, L] and natural-log lse [H]."""
     keys = latent if rope is None else torch.cat([latent, rope], -1)
-    scores = up(q) @ keys.T * scale
+    p, total, lse = softmax(up(q) @ keys.T * scale, q)
+    return p @ latent / total, lse
+
+
+def softmax(scores: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Over the last dim, which has a finite score: probabilities before normalisation, stored in the dtype of
+    ``like``; their sum, that dim kept; natural-log lse."""
     lse = torch.logsumexp(scores, -1)
-    p = stored(torch.exp(scores - scores.amax(-1, keepdim=True)), q)
-    return p @ latent / p.sum(-1, keepdim=True), lse
+    p = stored(torch.exp(scores - scores.amax(-1, keepdim=True)), like)
+    return p, p.sum(-1, keepdim=True), lse
 
 
 def score_amplification(args: Mapping[str, Any]) -> float:
     """How much a relative error of the scores' inner products is magnified: the size of a typical score."""
     return 1.0 + 4.0 * typical_score(args)
+
+
+def dense_amplification(args: Mapping[str, Any]) -> float:
+    """`score_amplification` for sums over all keys: a sequential sum over that many values adds its own error."""
+    ends = args["seq_lens"] if "seq_lens" in args else args["cu_seqlens_k"].diff()
+    longest = int(ends.max()) if ends.numel() else 0
+    return score_amplification(args) + float(longest / args["q"].shape[-1]) ** 0.5
 
 
 def typical_score(args: Mapping[str, Any]) -> float:
@@ -39,22 +53,26 @@ def typical_score(args: Mapping[str, Any]) -> float:
     return float(args["scale"] * q.square().mean().sqrt() * 1.2 * q.shape[-1] ** 0.5) if q.numel() else 0.0
 
 
-def cache_constraints() -> tuple[Constraint, ...]:
-    """A latent format's tensors have its widths and its storage dtype."""
+def cache_constraints(
+    latent: str = "kv_lora_rank", rope: str = "W-kv_lora_rank", activations: str = "q"
+) -> tuple[Constraint, ...]:
+    """A latent format's tensors have its widths and its storage dtype. ``latent`` and ``rope`` are the expressions of
+    the two widths in the op's axes."""
 
     def fits(known: Mapping[str, Any]) -> bool:
-        fmt, L, R = FORMATS[known["cache_format"]], known["kv_lora_rank"], known["W"] - known["kv_lora_rank"]
-        if R <= 0 or (fmt.group and L % fmt.group) or ("R" in known) != (len(fmt.tensors) == 2):
+        fmt, L, R = FORMATS[known["cache_format"]], evaluate(latent, known), evaluate(rope, known)
+        apart = "rope_cache" in known["dtypes"]
+        if R <= 0 or (fmt.group and L % fmt.group) or apart != (len(fmt.tensors) == 2):
             return False
         return bool((known["X"], known.get("R"))[: len(fmt.tensors)] == fmt.widths(L, R))
 
     return (
         Constraint(
-            "kv_cache and rope_cache have the widths of cache_format, for W = kv_lora_rank + rope dims",
+            f"kv_cache and rope_cache have the widths of cache_format, for {latent} latent and {rope} rope dims",
             fits,
-            "allocate with glm5_hal.cache_format(name).allocate(num_blocks, page_size, kv_lora_rank, rope_dim, dtype=...)",
+            "allocate with glm5_hal.cache_format(name).allocate(num_blocks, page_size, latent_dim, rope_dim, dtype=...)",
         ),
-        stores_in("kv_cache", "q"),
+        stores_in("kv_cache", activations),
     )
 
 

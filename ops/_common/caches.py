@@ -16,6 +16,7 @@ from glm5_hal.ops._common.precision import exact, is_exact, up
 from glm5_hal.state import CacheFormat
 
 E4M3_MAX = 448.0
+E4M3_NAN = 0x7F
 FLOOR = 1e-4
 
 
@@ -28,11 +29,16 @@ def power_of_two_scale(amax: Tensor, floor: str) -> Tensor:
 
 
 def quantise(x: Tensor, fmt: CacheFormat) -> tuple[Tensor, Tensor]:
-    """``x [..., L]`` to e4m3 bytes ``[..., L]`` and fp32 scales ``[..., L/group]``. Saturates, never NaN from overflow."""
+    """``x [..., L]`` to e4m3 bytes ``[..., L]`` and fp32 scales ``[..., L/group]``. Saturates, never NaN from overflow.
+
+    A group that holds a NaN or an infinity reads back as NaN, all of it: codes 0x7F, scale 1. The damage then shows
+    wherever the row is used, instead of turning into a plausible number.
+    """
     groups = x.float().unflatten(-1, (-1, fmt.group))
-    scale = power_of_two_scale(groups.abs().amax(-1), fmt.floor)
-    codes = (groups / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return codes.view(torch.uint8).flatten(-2), scale
+    broken = ~groups.isfinite().all(-1)
+    scale = power_of_two_scale(groups.abs().amax(-1).masked_fill(broken, 0.0), fmt.floor).masked_fill(broken, 1.0)
+    codes = (groups / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    return codes.masked_fill(broken[..., None], E4M3_NAN).flatten(-2), scale
 
 
 def dequantise(codes: Tensor, scale: Tensor, fmt: CacheFormat) -> Tensor:
@@ -67,9 +73,7 @@ def write(fmt: CacheFormat, caches: tuple[Tensor, ...], slots: Tensor, latent: T
         start += page * width
 
 
-def read(
-    fmt: CacheFormat, caches: tuple[Tensor, ...], slots: Tensor, latent_dim: int
-) -> tuple[Tensor, Tensor | None]:
+def read(fmt: CacheFormat, caches: tuple[Tensor, ...], slots: Tensor, latent_dim: int) -> tuple[Tensor, Tensor | None]:
     """The rows at flat ``slots [n]`` as numbers: ``latent [n, L]`` and ``rope [n, R]`` (None for index keys),
     in the accumulation dtype."""
     page = caches[0].shape[1]

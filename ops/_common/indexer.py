@@ -21,7 +21,7 @@ INDEX_ARGS = (
 INDEX_SCALARS = (Scalar("cache_format", "named cache format", choices=formats("index")),)
 
 
-def index_constraints() -> tuple[Constraint, ...]:
+def index_constraints(activations: str = "q") -> tuple[Constraint, ...]:
     """An index format's tensor has its width and its storage dtype."""
 
     def fits(known: Mapping[str, Any]) -> bool:
@@ -34,7 +34,7 @@ def index_constraints() -> tuple[Constraint, ...]:
             fits,
             "allocate with glm5_hal.cache_format(name).allocate(num_blocks, page_size, index_head_dim, dtype=...)",
         ),
-        stores_in("index_cache", "q"),
+        stores_in("index_cache", activations),
     )
 
 

@@ -44,3 +44,17 @@ def down(y: Tensor, like: Tensor) -> Tensor:
 def stored(p: Tensor, like: Tensor) -> Tensor:
     """An intermediate that the contract stores in the dtype of ``like``, back in the accumulation dtype."""
     return p if is_exact() else p.to(like.dtype).to(p.dtype)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weightᵀ, weight as [out, in]: see `matmul`."""
+    return matmul(x, weight.transpose(-1, -2))
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of one storage dtype, accumulated in fp32 or wider and rounded once at the end.
+
+    Outside an exact run this is torch's own product, so that a composite's default does not convert its weights at
+    every call.
+    """
+    return a.double() @ b.double() if is_exact() else a @ b

@@ -241,14 +241,14 @@ BROKEN: dict[str, tuple[str, str, str, str, str]] = {
         hook('Backend("Acme", "cpu", probe, kernels)'),
         "HOOK_RAISED",
         "HalError: backend name 'Acme' is not usable",
-        "return",
+        "return Backend",
         "use lower-case letters",
     ),
     "a field of a later core": (
         backend(graphs=True),
         "HOOK_RAISED",
         "unexpected keyword argument 'graphs'",
-        "return",
+        "return Backend",
         "pip install -U 'acme-hal'",
     ),
     "a hook that returns nothing": (hook("None"), "HOOK_RESULT", "returned None, not a Backend", "@hookimpl", "one"),
@@ -326,12 +326,12 @@ def test_a_broken_plugin_is_a_record_that_says_what_where_and_what_to_do(site: S
     source, code, reason, where, fix = BROKEN[case]
     file = site.install("acme", source)
     site.install("zeta")
-    record = site.record("acme")
+    record, other = site.records()
     assert (record.status, record.code, record.backend) == ("broken", code, None)
     assert reason in record.reason
-    assert line_of(file, where) in record.reason if where else True
+    assert not where or line_of(file, where) in record.reason
     assert fix in record.fix
-    assert site.record("zeta").status == "ok", "one broken plugin must not take another down"
+    assert other.status == "ok", "one broken plugin must not take another down"
 
 
 def test_every_code_is_covered_here() -> None:
@@ -377,13 +377,20 @@ def test_a_plugin_that_hangs_is_given_up(site: Site, gate: Path, source: str, wh
     file = site.install("acme", source.replace("{wait}", wait).replace("{indented}", wait.replace("\n", "\n    ")))
     site.install("zeta")
     start = time.monotonic()
-    record = site.record("acme", deadline=0.3)
-    assert time.monotonic() - start < 5
+    record, other = site.records(deadline=1.0)
+    assert time.monotonic() - start < 9
+    assert other.status == "ok"
     assert (record.status, record.code) == ("broken", "TIMEOUT")
-    assert "did not end within 0.3 s" in record.reason
+    assert "did not end within 1 s" in record.reason
     assert line_of(file, where) in record.reason
     assert "import the vendor's SDK in probe() only" in record.fix
-    assert site.record("zeta").status == "ok"
+
+
+def test_outside_plugins_load_in_a_thread_and_builtin_ones_in_the_callers(site: Site) -> None:
+    where = "import threading\nprint(threading.current_thread() is threading.main_thread())\n"
+    site.install("cpu", where + GOOD, dist="glm5-hal")
+    site.install("acme", where + GOOD)
+    assert [(record.name, record.output) for record in site.records()] == [("cpu", "True\n"), ("acme", "False\n")]
 
 
 def test_a_keyboard_interrupt_is_the_users_and_passes_through(site: Site) -> None:
@@ -543,12 +550,16 @@ def test_metadata_that_is_found_twice_is_one_plugin(site: Site, monkeypatch: pyt
     assert [record.status for record in site.records()] == ["ok"]
 
 
-@pytest.mark.parametrize("versions", [("0.9", "1.0", "0.10"), ("1.0", "0.10", "0.9")])
-def test_stale_metadata_of_older_versions_is_not_a_second_plugin(site: Site, versions: tuple[str, ...]) -> None:
-    for version in versions:
-        site.install("acme", version=version, value="acme_plugin" if version == "1.0" else "old_plugin")
+@pytest.mark.parametrize("backwards", [False, True])
+def test_stale_metadata_of_older_versions_is_not_a_second_plugin(
+    site: Site, monkeypatch: pytest.MonkeyPatch, backwards: bool
+) -> None:
+    for version in ("0.9", "0.10", "0.8"):
+        site.install("acme", version=version, value="acme_plugin" if version == "0.10" else "old_plugin")
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder=".": sorted(listed(folder), reverse=backwards))
     (record,) = site.records()
-    assert (record.status, record.version, record.value) == ("ok", "1.0", "acme_plugin")
+    assert (record.status, record.version, record.value) == ("ok", "0.10", "acme_plugin")
 
 
 def test_of_two_folders_the_first_on_the_path_counts(
@@ -779,9 +790,9 @@ def test_a_hang_costs_the_deadline_and_leaves_no_process_behind(site: Site, tmp_
     time.sleep(600)
     """
     start = time.monotonic()
-    reason = broken_in_a_child(site, body, deadline=2.0)
-    assert 2.0 <= time.monotonic() - start < 8
-    assert reason == f"the probe did not answer within 2 s, at {line_of(site.folder / 'acme_plugin.py', 'time.sleep')}"
+    reason = broken_in_a_child(site, body, deadline=3.0)
+    assert 3.0 <= time.monotonic() - start < 8
+    assert reason == f"the probe did not answer within 3 s, at {line_of(site.folder / 'acme_plugin.py', 'time.sleep')}"
     for pid in pids.read_text().split():
         assert gone(int(pid))
 
@@ -801,7 +812,7 @@ def gone(pid: int) -> bool:
 
 def test_a_hang_that_never_lets_python_run_is_ended_too(site: Site) -> None:
     body = "import ctypes\nctypes.PyDLL(None).sleep(600)"
-    assert "did not answer within 1.5 s, at " in broken_in_a_child(site, body, deadline=1.5)
+    assert "did not answer within 2.5 s, at " in broken_in_a_child(site, body, deadline=2.5)
 
 
 @pytest.mark.parametrize(
@@ -811,8 +822,9 @@ def test_a_hang_that_never_lets_python_run_is_ended_too(site: Site) -> None:
         "import os; [os.write(1, b'x' * 100_000 + b'\\n') for _ in range(100)]",
         "import os; [os.write(2, b'x' * 100_000) for _ in range(100)]",
         "import subprocess; subprocess.Popen(['sleep', '600'])",
+        "import os, time; os.fork() or time.sleep(600)",
     ],
-    ids=["print", "stdout", "stderr", "helper"],
+    ids=["print", "stdout", "stderr", "helper", "fork"],
 )
 def test_neither_noise_nor_a_process_left_behind_hides_the_answer(site: Site, body: str) -> None:
     start = time.monotonic()
@@ -823,7 +835,7 @@ def test_neither_noise_nor_a_process_left_behind_hides_the_answer(site: Site, bo
 def test_the_child_loads_the_one_plugin_and_no_other(site: Site, tmp_path: Path) -> None:
     loaded = tmp_path / "loaded"
     site.install("acme")
-    site.install("zeta", f"open({str(loaded)!r}, 'a').write('x')" + GOOD)
+    site.install("zeta", f"with open({str(loaded)!r}, 'a') as f: f.write('x')" + GOOD)
     assert isinstance(probe_in_subprocess(site.record("acme")), Device)
     assert loaded.read_text() == "x", "by discovery in this process, not by the child"
 
@@ -989,7 +1001,7 @@ def test_a_default_of_an_equal_value_and_another_type_differs(site: Site) -> Non
 
 def test_a_plugin_that_is_not_ok_has_no_kernels(site: Site) -> None:
     site.install("acme", "raise ValueError('x')")
-    with pytest.raises(HalError, match="plugin acme .*ValueError: x") as caught:
+    with pytest.raises(HalError, match=r"plugin acme .*ValueError: x") as caught:
         load_kernels(site.record("acme"), SIGNATURES)
     assert caught.value.code == "PLUGIN"
 
@@ -998,5 +1010,6 @@ def test_a_plugin_that_is_not_ok_has_no_kernels(site: Site) -> None:
 
 
 def test_neither_plugins_nor_policy_import_torch() -> None:
-    code = f"import sys; sys.path[:] = {sys.path!r}; import glm5_hal.plugins, glm5_hal.policy; assert 'torch' not in sys.modules"
+    code = f"import sys; sys.path[:] = {sys.path!r}; import glm5_hal.plugins, glm5_hal.policy"
+    code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

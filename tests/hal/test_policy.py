@@ -256,6 +256,7 @@ def test_an_empty_backend_variable_is_a_mistake() -> None:
 @pytest.mark.parametrize("level", ["off", "info", "debug"])
 def test_log_levels(level: str) -> None:
     assert from_environment({"GLM5_LOG": level}).log == LogSetting(level, "", "GLM5_LOG")
+    assert from_environment({"GLM5_LOG": f" {level} "}).log == LogSetting(level, "", "GLM5_LOG")
 
 
 def test_jsonl_takes_a_file_in_a_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,6 +339,6 @@ def test_a_near_miss_of_our_variables_is_an_error(name: str, meant: str) -> None
 
 def test_other_variables_of_the_prefix_are_listed_and_no_one_elses_are() -> None:
     settings = from_environment(
-        {"GLM5_WEIGHTS": "x", "GLM5_LOG_DIR": "x", "GLM4_BACKEND": "x", "BACKEND": "x", "HAL": "x"}
+        dict.fromkeys(["GLM5_WEIGHTS", "GLM5_LOG_DIR", "GLM5_LOGIN", "GLM4_BACKEND", "BACKEND", "HAL"], "x")
     )
-    assert settings.foreign == ("GLM5_LOG_DIR", "GLM5_WEIGHTS")
+    assert settings.foreign == ("GLM5_LOGIN", "GLM5_LOG_DIR", "GLM5_WEIGHTS")

@@ -1,0 +1,159 @@
+"""Time kernels on the suite's shapes, as a fraction of what this machine was just measured to do.
+
+The limit of a call is the slower of its floating-point work at the measured matmul rate of the dtype and its memory
+traffic at the measured copy bandwidth; both come from the op's declared cost. Above 100 % the data sat in a cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from glm5_hal import context, ops
+from glm5_hal.conformance import runner
+from glm5_hal.conformance.cases import Case, cases
+from glm5_hal.conformance.inputs import Draw
+from glm5_hal.conformance.runner import Target
+from glm5_hal.errors import HalError
+from glm5_hal.metadata import bind_axes
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the device was measured to do: copy bytes per second (read plus write), matmul operations per second."""
+
+    device: str
+    bytes_per_second: float
+    flops_per_second: float
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel at one shape. ``of_limit`` is limit time over measured time."""
+
+    case: str
+    kernel: str
+    seconds: float
+    runs: int
+    limit_seconds: float
+    of_limit: float
+    bound: str
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    limits: Limits
+    rows: tuple[Row, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(
+    backend: str, only: Sequence[str], level: str, dtype: str, seconds: float, *, progress: bool = False
+) -> Bench:
+    """Time every case of a level in one dtype. Raises HalError as `conformance run` does."""
+    judged = [t for t in runner.targets(backend) if t.provider != "reference" or ":" in backend]
+    chosen = [c for c in cases(level, only) if c.bad is None and c.dtype == dtype and c.sample.level == level]
+    if not chosen:
+        raise HalError(
+            "CONFIG", f"no {level} case in {dtype} matches", value=(level, dtype), fix="see `glm5-hal conformance list`"
+        )
+    limits = measured_limits(judged[0].device, dtype)
+    from glm5_hal.conformance.report import progress as bar
+
+    rows = []
+    with bar(len(chosen) * len(judged), progress) as shown:
+        for case in chosen:
+            for target in judged:
+                rows.append(_timed(case, target, limits, seconds))
+                if shown:
+                    shown[0].update(shown[1], advance=1, description=case.id)
+    return Bench(limits, tuple(rows))
+
+
+def measured_limits(device: str, dtype: str) -> Limits:
+    """This device's own copy bandwidth and matmul rate, best of a few runs."""
+    kind = getattr(torch, dtype)
+    source = torch.zeros(1 << 26, dtype=torch.uint8, device=device)
+    sink = torch.empty_like(source)
+    copying = _best(lambda: sink.copy_(source), device, 0.5)
+    size = 1024 if device == "cpu" else 4096
+    a = torch.ones(size, size, dtype=kind, device=device)
+    # Some dtypes have no fast product on some devices: what counts is the best way to multiply such numbers there.
+    ways = [lambda: a @ a, lambda: a.float() @ a.float()] if kind is not torch.float64 else [lambda: a @ a]
+    multiplying = min(_best(way, device, 0.3, at_most=20) for way in ways)
+    return Limits(device, 2 * source.numel() / copying, 2 * size**3 / multiplying, dtype)
+
+
+def _timed(case: Case, target: Target, limits: Limits, seconds: float) -> Row:
+    op = getattr(ops, case.op)
+    args = case.spec.inputs(case.sample, case.dtype, Draw(0, case.id)).args
+    placed = {k: v.to(target.device) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+    with torch.inference_mode(), context.use(target.policy, check="metadata"):
+        try:
+            name = op.choose(**placed).name
+            runs, best = _repeat(lambda: op(**placed), target.device, seconds)
+        except HalError as refusal:
+            return Row(case.id, target.policy, 0.0, 0, 0.0, 0.0, "", skipped=refusal.what)
+    shapes = {n: None if args[n] is None else tuple(args[n].shape) for n in case.spec.tensors}
+    axes = bind_axes(case.spec, shapes, {n: args[n] for n in case.spec.options})
+    itemsize = getattr(torch, case.dtype).itemsize
+    work = case.spec.cost({**axes, "itemsize": itemsize})
+    compute, memory = work.flops / limits.flops_per_second, work.bytes / limits.bytes_per_second
+    limit = max(compute, memory)
+    return Row(case.id, name, best, runs, limit, limit / best, "compute" if compute > memory else "memory")
+
+
+def _best(call: Callable[[], Any], device: str, seconds: float, at_most: int = 1000) -> float:
+    return _repeat(call, device, seconds, at_most)[1]
+
+
+def _repeat(call: Callable[[], Any], device: str, seconds: float, at_most: int = 1000) -> tuple[int, float]:
+    """Runs within a time budget, after one to warm up; the fastest counts."""
+    with _synchronised(device) as wait:
+        call()
+        wait()
+        runs, best, end = 0, float("inf"), time.perf_counter() + seconds
+        while runs < 1 or (time.perf_counter() < end and runs < at_most):
+            start = time.perf_counter()
+            call()
+            wait()
+            best = min(best, time.perf_counter() - start)
+            runs += 1
+    return runs, best
+
+
+@contextmanager
+def _synchronised(device: str) -> Iterator[Callable[[], None]]:
+    kind = device.split(":")[0]
+    yield (lambda: None) if kind == "cpu" else getattr(torch, kind).synchronize
+
+
+def render(found: Bench) -> RenderableType:
+    """The rows for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+
+    table = Table("case", "kernel", header_style="bold")
+    for column in ("time", "of limit", "bound by", "runs"):
+        table.add_column(column, justify="right")
+    for row in found.rows:
+        if row.skipped:
+            table.add_row(row.case, row.kernel, "-", "-", row.skipped, "0")
+        else:
+            shown = f"{row.seconds * 1e3:.3f} ms" if row.seconds < 1 else f"{row.seconds:.2f} s"
+            table.add_row(row.case, row.kernel, shown, f"{row.of_limit:.0%}", row.bound, str(row.runs))
+    limits = found.limits
+    head = f"measured on {limits.device}: copy {limits.bytes_per_second / 1e9:.1f} GB/s, {limits.dtype} matmul "
+    return Group(head + f"{limits.flops_per_second / 1e9:.0f} GFLOP/s", table)

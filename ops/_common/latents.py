@@ -1,0 +1,85 @@
+"""Sample inputs of attention over the paged latent cache, and keys that a query can point at exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glm5_hal.ops._common import batches
+from glm5_hal.ops._common.batches import Batch
+from glm5_hal.spec import Draw, Sample
+from glm5_hal.state import FORMATS
+
+#: The best two scores of a pointing query differ by at least twice this: exp() of minus that is zero in fp32, and the
+#: scores stay small enough for exp2(score · log2 e − max · log2 e) to be 1 at the best one, after rounding to bfloat16.
+GAP = 64.0
+
+
+@dataclass(frozen=True)
+class Latents:
+    """A filled cache and the arguments that come with it: lengths, block table, format, scale."""
+
+    batch: Batch
+    args: Mapping[str, Any]
+    poison: Mapping[str, Tensor]
+
+
+def latents(sample: Sample, dtype: str, draw: Draw) -> Latents:
+    """From the axes ``lens``, ``page``, ``format``, ``L``, ``R``, ``scale``. Where the fill is exact, latents are small
+    integers; where the sample says "pointer", rope keys are `pointed_keys`."""
+    axes = sample.axes
+    L, R, fmt = axes["L"], axes["R"], FORMATS[axes["format"]]
+    batch = batches.paged(draw, axes["lens"], axes["page"])
+    keys = int(batch.seq_lens.sum())
+    latent = values(sample, dtype, draw, keys, L)
+    rope = draw.normal(keys, R, dtype=dtype)
+    if axes.get("pointer"):
+        rope = pointed_keys([s for _, s in batch.lens], R).to(rope.dtype)
+    held, unread = batches.filled(fmt, batch, latent, rope)
+    args = {
+        "block_table": batch.block_table,
+        "seq_lens": batch.seq_lens,
+        "cu_seqlens_q": batch.cu_seqlens_q,
+        "scale": axes["scale"],
+        "kv_lora_rank": L,
+        "cache_format": fmt.name,
+        **batches.as_args(fmt, held),
+    }
+    return Latents(batch, args, {"block_table": batch.unused_table, **dict(zip(fmt.tensors, unread, strict=True))})
+
+
+def values(sample: Sample, dtype: str, draw: Draw, *shape: int) -> Tensor:
+    """Values to average: integers where the fill is exact, none of them zero where one alone is the result (what the
+    others leave of themselves in float64 would decide the sign of that zero)."""
+    if sample.fill != "exact":
+        return draw.normal(*shape, dtype=dtype)
+    small = draw.small(*shape, dtype=dtype)
+    return 2 * small + 1 if sample.axes.get("pointer") else small
+
+
+def pointed_keys(lengths: list[int], width: int) -> Tensor:
+    """Keys of requests of these lengths, at most 256 each: the position, then its binary digits as ±1."""
+    rows = [torch.arange(n) for n in lengths]
+    positions = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
+    return torch.cat([positions[:, None], _digits(positions, width - 1)], -1).float()
+
+
+def pointing_queries(draw: Draw, visible: Tensor, heads: int, width: int) -> Tensor:
+    """Queries [T, heads, width] that see ``visible[t]`` of `pointed_keys` and, at scale 1, attend to one of them alone:
+    in turn the last visible one, the first one and any one. So a mask that is off by one key gives another value."""
+    T = len(visible)
+    chosen = draw.integers(0, 1 << 16, T, heads) % visible.clamp_min(1)[:, None]
+    q = torch.cat([torch.zeros(T, heads, 1), _digits(chosen, width - 1)], -1)
+    turn = (torch.arange(T)[:, None] + torch.arange(heads)) % 3
+    last = torch.zeros(width)
+    last[0] = 2.0
+    q[turn == 0], q[turn == 1] = last, -last
+    return GAP * q
+
+
+def _digits(n: Tensor, width: int) -> Tensor:
+    return 2.0 * (n[..., None] >> torch.arange(width) & 1) - 1.0
