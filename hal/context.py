@@ -68,7 +68,8 @@ def reset() -> None:
         dispatch.clear_tables()
 
 
-os.register_at_fork(after_in_child=reset)
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=reset)
 
 
 def effective() -> tuple[Policy, frozenset[str], str]:

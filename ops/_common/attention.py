@@ -70,7 +70,7 @@ def cache_constraints(
         Constraint(
             f"kv_cache and rope_cache have the widths of cache_format, for {latent} latent and {rope} rope dims",
             fits,
-            "allocate with glm5_hal.cache_format(name).allocate(num_blocks, page_size, latent_dim, rope_dim, dtype=...)",
+            "allocate with glm5_hal.cache_format(name).allocate(num_blocks, page_size, latent, rope, dtype=...)",
         ),
         stores_in("kv_cache", activations),
     )

@@ -20,6 +20,29 @@ class References:
 REFERENCES = References()
 
 
+class Emulations:
+    """``EMULATIONS.rms_norm(...)`` is rms_norm with the loosest roundings of its contract."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        from glm5_hal.ops import specs
+
+        if name not in specs():
+            raise AttributeError(name)
+        return specs()[name].emulate or reference_of(name)
+
+
+EMULATIONS = Emulations()
+
+
+def loosest(body: Callable[..., Any]) -> Callable[..., Any]:
+    """A composite's emulation: its body over the emulations of its parts."""
+
+    def emulate(*args: Any, **kwargs: Any) -> Any:
+        return body(EMULATIONS, *args, **kwargs)
+
+    return emulate
+
+
 def reference_of(name: str) -> Callable[..., Any]:
     """An op's reference with exactly the op's signature; a composite's runs over the references of its parts."""
     from glm5_hal.ops import specs
