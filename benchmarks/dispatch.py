@@ -60,13 +60,26 @@ def measure(number: int = 50_000, repeat: int = 7) -> dict[str, Any]:
         rows["table, values checked"] = timed(op)
     added = {name: value - rows["plain call"] for name, value in rows.items()}
     within = {name: added[name] <= limit for name, limit in BUDGET.items()}
-    return {"op": OP, "tensor_arguments": len(tensors), "us": rows, "added_us": added, "budget_us": BUDGET, "within": within}
+    return {
+        "op": OP,
+        "tensor_arguments": len(tensors),
+        "us": rows,
+        "added_us": added,
+        "budget_us": BUDGET,
+        "within": within,
+    }
 
 
 def _install(kernel: Kernel) -> None:
     backend = Backend("null", "cpu", lambda: Device("cpu", "stand-in", "none", evidence="simulated"), lambda: (kernel,))
     record = PluginRecord(
-        name="null", value="benchmarks.dispatch", dist="glm5-hal", version="", builtin=True, status="ok", backend=backend
+        name="null",
+        value="benchmarks.dispatch",
+        dist="glm5-hal",
+        version="",
+        builtin=True,
+        status="ok",
+        backend=backend,
     )
     context._process.catalogue = Catalogue((record,))
 

@@ -65,11 +65,11 @@ def calibrated(
     - ``empty``: rows of zeros are exactly zero (within 4 times b's error, where even b is not);
     - ``row``: e <= 4 max e_b + floor in every row, the row's own floor if it is a tensor. max e_b is not taken further
       than b's largest error in absolute terms, lest one row that cancels to almost nothing excuse all others;
-    - ``mean``: mean e <= 2 mean e_b + u/√R + floor, an error above 1 counting as 1;
+    - ``mean``: mean e <= 2 mean e_b + u/√R + floor, over the rows of which b makes something (e_b + floor < 1);
     - ``slope``: |⟨x,y⟩/⟨y,y⟩ − 1|, and ``bias``: |mean(x−y)|/σ(y), are within 1e-3, or 4 u/√n or 2 u/√R where that is
       more, + twice what b shows + floor. n and R are effective numbers of elements and rows: (Σs²)²/Σs⁴;
     - ``element`` (rows of 64 and more): |x−y| <= 3 half-spacings at y + 4 times b's largest error beyond its own
-      rounding, in units of the row's rms (u/√R at least) + 2 floor (rms + |y|).
+      rounding, in units of the row's rms (u/√R at least) + 4 floor max(rms, |y|).
 
     u/√R is one rounding that a whole row shares, as of a dominant softmax weight; b may be spared it by luck.
 
@@ -94,6 +94,9 @@ def calibrated(
 
     size_R = torch.where(live_R, rows.size, 1.0)
     error_R, honest_R, least_R = (torch.where(live_R, v / size_R, 0.0) for v in (rows.error, rows.honest, rows.least))
+    tells_R = live_R & (honest_R + floor_R < 1)
+    if live_R.any() and not tells_R.any():
+        return _mistrust("the emulation and the floor are as far from the oracle as zeros would be")
     budget_R = 4 * torch.maximum((rows.honest.max() / size_R).clamp_max(honest_R.max()), least_R) + floor_R
     wrong_R = {
         "nonfinite": rows.strange > 0,
@@ -105,10 +108,10 @@ def calibrated(
     budget = {"nonfinite": 0.0, "empty": 0.0, "row": budget_R[worst].item()}
     once = unit * _concentration(rows.size)
     if live_R.any():
-        budget["mean"] = 2 * _mean(torch.maximum(honest_R, least_R)[live_R]) + once + _mean(floor_R[live_R])
-        errors["mean"] = _mean(error_R[live_R])
+        errors["mean"] = error_R[tells_R].mean().item()
+        budget["mean"] = (2 * torch.maximum(honest_R, least_R) + floor_R)[tells_R].mean().item() + once
         (errors["slope"], budget["slope"]), (errors["bias"], budget["bias"]) = _slope_and_bias(rows, floor_R, unit)
-    slack_R = _slack(rows, live_R, floor_R, once)
+    slack_R = _slack(rows, live_R, once)
     if n >= LONG:
         over_R = torch.cat([_over(X[i], Y[i], slack_R[i], floor_R[i], unit).amax(1) for i in _blocks(R, n)])
         errors["element"], budget["element"], wrong_R["element"] = over_R.max().item(), 1.0, over_R > 1
@@ -139,7 +142,7 @@ def absolute(x: Tensor, y: Tensor, b: Tensor, *, unit: float, floor: float | Ten
         return _mistrust("the emulation or the floor is not finite where the oracle is")
     allowed = allowed + 4 * (honest.max() if honest.numel() else 0.0)
     error = torch.where(finite & ~strange, (X - Y).abs(), 0.0)
-    worst = int(torch.where(finite, error / allowed, -1.0).argmax())
+    worst = int(torch.where(finite, error / allowed.clamp_min(TINY), -1.0).argmax())
     errors = {"nonfinite": float(strange.sum()), "absolute": error[worst].item()}
     budget = {"nonfinite": 0.0, "absolute": allowed[worst].item() if finite.any() else 0.0}
     failed = _failed(errors, budget)
@@ -278,18 +281,20 @@ def _slope_and_bias(rows: _Rows, floor_R: Tensor, unit: float) -> tuple[tuple[fl
     )
 
 
-def _slack(rows: _Rows, live_R: Tensor, floor_R: Tensor, once: float) -> Tensor:
-    """What an element of each row may be off beyond its rounding, in absolute terms."""
+def _slack(rows: _Rows, live_R: Tensor, once: float) -> Tensor:
+    """How far the emulation's noise may take an element of each row beyond its rounding."""
     rms_R = rows.size / rows.finite.clamp_min(1).sqrt()
     share = torch.where(live_R, rows.excess / torch.where(live_R, rms_R, 1.0), 0.0).max().clamp_min(once)
     noise_R = torch.minimum(share * rms_R, torch.maximum(rows.excess.max(), once * rms_R))
-    return 4 * torch.where(live_R, noise_R, rows.honest) + 2 * floor_R * rms_R
+    return 4 * torch.where(live_R, noise_R, rows.honest)
 
 
 def _over(x: Tensor, y: Tensor, slack_R: Tensor, floor_R: Tensor, unit: float) -> Tensor:
     """Each element's error over its budget."""
-    d, y, _, strange = _difference(x, y, unit)
-    allowed = 3 * _half_spacing(y, unit) + slack_R[:, None] + 2 * floor_R[:, None] * y.abs()
+    d, y, finite, strange = _difference(x, y, unit)
+    rms_R = y.norm(dim=1) / finite.sum(1).clamp_min(1).sqrt()
+    floor = 4 * floor_R[:, None] * torch.maximum(y.abs(), rms_R[:, None])
+    allowed = 3 * _half_spacing(y, unit) + slack_R[:, None] + floor
     over = d.abs() / allowed
     return torch.where(strange, torch.finfo(torch.float64).max, over)
 
@@ -326,10 +331,6 @@ def _concentration(size_R: Tensor) -> float:
     """1/√R, with R the effective number of rows: equal rows count whole, small ones hardly."""
     squares = size_R.square()
     return (squares.square().sum().sqrt() / squares.sum().clamp_min(TINY)).item()
-
-
-def _mean(v: Tensor) -> float:
-    return v.clamp_max(1).mean().item()
 
 
 def _select(idx: Tensor, scores: Tensor, tau_T: Tensor, canonical: bool, sorted_: bool) -> dict[str, Tensor]:

@@ -38,7 +38,9 @@ def write_junit(results: Sequence[Result], path: Path) -> None:
         time=f"{sum(r.seconds for r in results):.3f}",
     )
     for r in results:
-        case = ElementTree.SubElement(suite, "testcase", classname=f"{r.backend}.{r.op}", name=r.case, time=f"{r.seconds:.3f}")
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=f"{r.backend}.{r.op}", name=r.case, time=f"{r.seconds:.3f}"
+        )
         if not r.ok:
             failure = ElementTree.SubElement(case, "failure", type=r.verdict, message=_printable(r.detail))
             failure.text = f"{_printable(r.detail)}\n{r.repro}"
@@ -110,8 +112,21 @@ def progress(total: int, show: bool) -> Iterator[tuple[Progress, TaskID] | None]
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    columns = (
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         yield bar, bar.add_task("starting", total=total)

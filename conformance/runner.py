@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from glm5_hal import context, ops
 from glm5_hal.backend import Device, Unavailable
+from glm5_hal.capability import Rejected
 from glm5_hal.conformance import oracle
 from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.checks import CHECKS
@@ -42,13 +43,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Subject:
-    """A case with its inputs and expectations, shared by every kernel that is judged on it."""
+    """A case with its inputs and expectations, shared by every kernel that is judged on it. ``other`` is another draw of
+    the same shapes, if there is one."""
 
     case: Case
     inputs: Inputs
     expected: Expected | None
     digest: str
     seed: int
+    other: Mapping[str, Any] | None = None
 
 
 def targets(backend: str, device: str | None = None) -> list[Target]:
@@ -67,10 +70,15 @@ def targets(backend: str, device: str | None = None) -> list[Target]:
         raise HalError("UNAVAILABLE", f"backend {name}: {facts.reason}", value=name, fix=facts.fix)
     found = [p for p in catalogue.providers(name) or () if p != "composite"]
     if provider and provider not in found:
-        raise HalError("UNKNOWN", f"backend {name} has no provider {provider!r}", value=provider, fix=suggest(provider, found))
+        raise HalError(
+            "UNKNOWN", f"backend {name} has no provider {provider!r}", value=provider, fix=suggest(provider, found)
+        )
     if device is not None and device.split(":")[0] != facts.type:
         raise HalError(
-            "DEVICE", f"backend {name} computes on {facts.type}, not on {device}", value=device, fix=f"use {facts.type}:0"
+            "DEVICE",
+            f"backend {name} computes on {facts.type}, not on {device}",
+            value=device,
+            fix=f"use {facts.type}:0",
         )
     return [Target(name, p, device or facts.type, facts) for p in ([provider] if provider else found)]
 
@@ -97,10 +105,18 @@ def _prepared(case: Case, seed: int) -> Subject | HalError:
 def subject_of(case: Case, seed: int) -> Subject:
     """Draw a case's inputs and compute what is expected of them."""
     inputs = case.spec.inputs(case.sample, case.dtype, Draw(seed, case.id if case.bad is None else case.op))
-    expected = None
-    if case.bad is None:
-        expected = Expected(oracle.truth(case.spec, inputs.args), oracle.emulation(case.spec, inputs.args))
-    return Subject(case, inputs, expected, digest(inputs.args), seed)
+    if case.bad is not None:
+        return Subject(case, inputs, None, digest(inputs.args), seed)
+    expected = Expected(oracle.truth(case.spec, inputs.args), oracle.emulation(case.spec, inputs.args))
+    other = case.spec.inputs(case.sample, case.dtype, Draw(seed, f"{case.id} other")).args
+    alike = all(_alike(inputs.args[k], v) for k, v in other.items())
+    return Subject(case, inputs, expected, digest(inputs.args), seed, other if alike else None)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+    return bool(a == b)
 
 
 def run_case(subject: Subject | HalError, case: Case, target: Target, seed: int, start: float | None = None) -> Result:
@@ -123,34 +139,38 @@ def run_case(subject: Subject | HalError, case: Case, target: Target, seed: int,
             fields |= {"verdict": "ERROR", "code": "CONTRACT", "detail": f"the suite itself failed: {subject.what}"}
         else:
             fields |= _judge(subject, target)
-    except HalError as refusal:
-        fields |= _refused(refusal)
-    except torch.OutOfMemoryError as problem:
-        fields |= {"verdict": "OOM", "detail": str(problem)}
-    except MemoryError as problem:
-        fields |= {"verdict": "OOM", "detail": str(problem) or "out of memory"}
-    except Exception as problem:  # noqa: BLE001 - whatever a kernel raises is its verdict, never the end of the run
-        fields |= {"verdict": "FAIL", "code": "RAISED", "detail": _last_line(problem)}
+    except KeyboardInterrupt:
+        raise
+    except BaseException as problem:  # noqa: BLE001 - whatever a kernel raises is its verdict, never the end of the run
+        fields |= _raised(problem)
     return Result(**fields, seconds=time.perf_counter() - began)
+
+
+def _raised(problem: BaseException) -> dict[str, Any]:
+    cause = problem.value if isinstance(problem, HalError) and problem.code == "KERNEL" else problem
+    if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
+        return {"verdict": "OOM", "detail": str(cause) or "out of memory"}
+    code = problem.code if isinstance(problem, HalError) else "RAISED"
+    return {"verdict": "FAIL", "code": code, "detail": _last_line(problem)}
 
 
 def _judge(subject: Subject, target: Target) -> dict[str, Any]:
     case = subject.case
     op = getattr(ops, case.op)
     with context.use(target.policy), torch.inference_mode():
-        placed = {
-            k: v.to(target.device) if isinstance(v, torch.Tensor) else v for k, v in subject.inputs.args.items()
-        }
+        placed = {k: v.to(target.device) if isinstance(v, torch.Tensor) else v for k, v in subject.inputs.args.items()}
+        found = {"kernel": "", "inputs": subject.digest}
         try:
             choice: Choice = op.choose(**placed)
+            kernel = replace(choice.kernel, provides=claims(case, choice, placed))
         except HalError as refusal:
-            return _refused(refusal) | {"inputs": subject.digest}
-        found = {"kernel": choice.name, "inputs": subject.digest}
+            return found | _refused(refusal, op, placed)
+        found["kernel"] = choice.name
         if case.bad is not None:
             return found | _judge_bad(subject, op, placed)
         assert subject.expected is not None
-        kernel = replace(choice.kernel, provides=claims(case, choice, placed))
-        trial = Trial(case, subject.inputs, kernel, op, target.device, subject.expected, target.facts.facts)
+        device, facts = target.device, target.facts.facts
+        trial = Trial(case, subject.inputs, kernel, op, device, subject.expected, facts, subject.other)
         return found | _checked(trial)
 
 
@@ -176,17 +196,20 @@ def claims(case: Case, choice: Choice, placed: dict[str, Any]) -> frozenset[str]
     if choice.kernel.provider != "composite":
         return choice.kernel.provides
     recorder = _Recorder()
-    case.spec.reference(recorder, **oracle.copied(case.spec, placed))
+    case.spec.reference(recorder, **{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in placed.items()})
     return frozenset(
         a for a in case.spec.attributes if all(a in has or a not in knows for knows, has in recorder.parts)
     )
 
 
-def _refused(refusal: HalError) -> dict[str, Any]:
-    """No kernel takes the call, or one of the parts of a composite: UNSUPPORTED. Any other refusal is a failure."""
+def _refused(refusal: HalError, op: Any, placed: dict[str, Any]) -> dict[str, Any]:
+    """No kernel takes the call, or none takes a part of the composite that would: UNSUPPORTED. Any other refusal is a
+    failure."""
     if refusal.code != "NO_KERNEL":
-        return {"verdict": "FAIL", "code": refusal.code, "detail": refusal.what}
-    reason = refusal.trace[-1].decision if refusal.trace else None
+        return _raised(refusal)
+    # What the backend's own kernel of this op says comes before what is said of the parts that would replace it.
+    own = op.resolution(op.describe(**placed)).trace
+    reason = next((s.decision for s in (*own, *reversed(refusal.trace)) if isinstance(s.decision, Rejected)), None)
     code, detail = (reason.code, reason.detail) if reason else ("NOT_IMPLEMENTED", refusal.what)
     return {"verdict": "UNSUPPORTED", "code": code, "detail": detail}
 
@@ -195,21 +218,25 @@ def _checked(trial: Trial) -> dict[str, Any]:
     said: dict[str, str] = {}
     accuracy, failed = Finding(True), ""
     start = time.perf_counter()
-    trial.first  # noqa: B018 - timed on its own; every check reads it
+    trial.raw  # noqa: B018 - timed on its own; every check reads it
     kernel_seconds = time.perf_counter() - start
     for name, check in CHECKS.items():
         try:
             finding = check(trial)
-        except Exception as problem:  # noqa: BLE001 - a kernel that raises under one check has failed that check
+        except KeyboardInterrupt:
+            raise
+        except BaseException as problem:  # noqa: BLE001 - a kernel that raises under one check has failed that check
             finding = Finding(False, f"raised {_last_line(problem)}")
-        said[name] = "ok" if finding.ok else f"n/a: {finding.detail}" if finding.ok is None else f"failed: {finding.detail}"
+        said[name] = (
+            "ok" if finding.ok else f"n/a: {finding.detail}" if finding.ok is None else f"failed: {finding.detail}"
+        )
         accuracy = finding if name == "accuracy" else accuracy
-        failed = failed or (f"{name}: {finding.detail}" if finding.ok is False else "")
+        failed = failed or (f"{name}: {finding.detail}" if finding.ok is False and not finding.mistrusted else "")
     verdict = "FAIL" if failed else "MISTRUSTED" if accuracy.mistrusted else "PASS"
     return {
         "verdict": verdict,
         "code": failed.split(":")[0] if failed else "",
-        "detail": failed or ("the inputs prove nothing: the oracle's output is constant" if accuracy.mistrusted else ""),
+        "detail": failed or (accuracy.detail if accuracy.mistrusted else ""),
         "errors": accuracy.errors,
         "budget": accuracy.budget,
         "checks": said,
@@ -229,8 +256,12 @@ def _judge_bad(subject: Subject, op: Any, placed: dict[str, Any]) -> dict[str, A
         problem = f"accepted; it should raise HalError({bad.code})"
     except HalError as refusal:
         right = refusal.code == bad.code and refusal.fix
-        problem = "" if right else f"raised {refusal.code} (fix: {refusal.fix!r}), it should raise {bad.code} with a fix"
-    except Exception as other:  # noqa: BLE001 - any other exception type is what this case is there to catch
+        problem = (
+            "" if right else f"raised {refusal.code} (fix: {refusal.fix!r}), it should raise {bad.code} with a fix"
+        )
+    except KeyboardInterrupt:
+        raise
+    except BaseException as other:  # noqa: BLE001 - any other exception type is what this case is there to catch
         problem = f"raised {type(other).__name__}: {other}; it should raise HalError({bad.code})"
     touched = [k for k, v in watched.items() if not same_bits(before[k].cpu(), v.cpu())]
     if touched and not problem:
@@ -251,5 +282,5 @@ def _readable(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type != "meta"
 
 
-def _last_line(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {problem}"
+def _last_line(problem: BaseException) -> str:
+    return problem.what if isinstance(problem, HalError) else f"{type(problem).__name__}: {problem}"

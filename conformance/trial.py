@@ -49,9 +49,10 @@ class Trial:
         device: str,
         expected: Expected,
         facts: Facts,
+        other: Mapping[str, Any] | None = None,
     ) -> None:
         self.case, self.inputs, self.kernel, self.device, self.expected = case, inputs, kernel, device, expected
-        self.facts = facts
+        self.facts, self.other = facts, other
         self._call = call
 
     @cached_property
@@ -68,32 +69,62 @@ class Trial:
     def run(self, args: Mapping[str, Any] | None = None) -> Run:
         """Run the kernel on the device with private copies of everything; results come back to the CPU."""
         placed = self.place(self.inputs.args if args is None else args)
-        return self.bring_back(self._call(**placed), placed)
+        return self.bring_back(self.call(**placed), placed)
 
     def call(self, **placed: Any) -> Any:
         return self._call(**placed)
 
     def place(self, args: Mapping[str, Any]) -> dict[str, Any]:
-        """Private copies on the device, strides kept."""
+        """Private copies on the device, strides and alignment kept."""
         return {k: _fresh(v, self.device) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
 
     def bring_back(self, returned: Any, placed: Mapping[str, Any]) -> Run:
+        """Copies on the CPU: what a kernel does later to memory that it kept cannot change them."""
         run = oracle.collect(self.spec, returned, placed)
-        return Run({k: v.cpu() for k, v in run.outs.items()}, {k: v.cpu() for k, v in run.mutated.items()})
+        return Run(*({k: v.to("cpu", copy=True) for k, v in part.items()} for part in (run.outs, run.mutated)))
+
+    @cached_property
+    def raw(self) -> tuple[dict[str, Any], Any]:
+        """The run that is judged, as the kernel left it: its arguments and what it returned.
+
+        Other numbers were in the same memory a call before, so that what a kernel keeps from call to call shows.
+        """
+        if self.other is None:
+            placed = self.place(self.inputs.args)
+            return placed, self.call(**placed)
+        placed = self.place(self.other)
+        self.call(**placed)
+        for name, value in placed.items():
+            if isinstance(value, torch.Tensor):
+                value.copy_(self.inputs.args[name])
+        return placed, self.call(**placed)
 
     @cached_property
     def first(self) -> Run:
         """The run that is judged."""
-        return self.run()
+        placed, returned = self.raw
+        return self.bring_back(returned, placed)
+
+
+#: How many bytes lie before and after every buffer, and what is in each of them and of a layout's gaps.
+GUARD, FILL = 256, 0x4D
 
 
 def _fresh(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """A copy in its own memory with the same strides (gaps included), so that layouts survive the move."""
-    if tensor.is_contiguous():
-        return tensor.to(device, copy=True)
+    """A copy in guarded memory of its own with the same strides (gaps included) and alignment."""
+    pad, shift = GUARD // tensor.itemsize, tensor.storage_offset() % 16
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-    flat = torch.zeros(max(span, 0), dtype=tensor.dtype, device=device)
-    return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+    length = (2 * pad + shift + span) * tensor.itemsize
+    whole = torch.full((length,), FILL, dtype=torch.uint8, device=device).view(tensor.dtype)
+    return whole.as_strided(tensor.shape, tensor.stride(), pad + shift).copy_(tensor)
+
+
+def stray(placed: torch.Tensor) -> int:
+    """How many bytes around a `Trial.place`d tensor, and in its gaps, no longer hold what was put there."""
+    memory = torch.empty(0, dtype=torch.uint8, device=placed.device).set_(placed.untyped_storage())  # type: ignore[call-overload]
+    own = torch.zeros(len(memory) // placed.itemsize, dtype=torch.bool, device=placed.device)
+    own.as_strided(placed.shape, placed.stride(), placed.storage_offset()).fill_(True)
+    return int((memory.view(-1, placed.itemsize)[~own] != FILL).sum())
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

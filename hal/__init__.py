@@ -45,23 +45,29 @@ _HOME = {
 
 __all__ = ["__version__", "ops", *_HOME]
 
-if TYPE_CHECKING:
-    from glm5_hal import ops
-    from glm5_hal.backend import Backend, Device, Kernel, Unavailable, kernel, kernels_of
-    from glm5_hal.context import reset, use
-    from glm5_hal.errors import HalError
-    from glm5_hal.explanation import explain
-    from glm5_hal.hookspecs import hookimpl
-    from glm5_hal.observe import clear_counts, counts, watch
-    from glm5_hal.state import (
-        CacheFormat,
-        Prepared,
-        StepPlan,
-        cache_format,
-        prepare,
-        preferred_formats,
-        rope_tables,
-    )
+if TYPE_CHECKING:  # `as` re-exports them: type checkers cannot read a starred __all__
+    from glm5_hal import ops as ops
+    from glm5_hal.backend import Backend as Backend
+    from glm5_hal.backend import Device as Device
+    from glm5_hal.backend import Kernel as Kernel
+    from glm5_hal.backend import Unavailable as Unavailable
+    from glm5_hal.backend import kernel as kernel
+    from glm5_hal.backend import kernels_of as kernels_of
+    from glm5_hal.context import reset as reset
+    from glm5_hal.context import use as use
+    from glm5_hal.errors import HalError as HalError
+    from glm5_hal.explanation import explain as explain
+    from glm5_hal.hookspecs import hookimpl as hookimpl
+    from glm5_hal.observe import clear_counts as clear_counts
+    from glm5_hal.observe import counts as counts
+    from glm5_hal.observe import watch as watch
+    from glm5_hal.state import CacheFormat as CacheFormat
+    from glm5_hal.state import Prepared as Prepared
+    from glm5_hal.state import StepPlan as StepPlan
+    from glm5_hal.state import cache_format as cache_format
+    from glm5_hal.state import preferred_formats as preferred_formats
+    from glm5_hal.state import prepare as prepare
+    from glm5_hal.state import rope_tables as rope_tables
 
 
 def __getattr__(name: str) -> Any:

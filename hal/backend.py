@@ -65,10 +65,18 @@ class Device:
 
 @dataclass(frozen=True)
 class Unavailable:
-    """A probe's typed no: why the device cannot be used, and what to do about it."""
+    """A probe's typed no.
+
+    Attributes:
+        reason: why the device cannot be used.
+        fix: what to do about it.
+        fault: True where the probe itself broke: it raised, hung, crashed or answered nonsense; False where it answered
+            by itself that its device is not there.
+    """
 
     reason: str
     fix: str
+    fault: bool = False
 
 
 @dataclass(frozen=True)

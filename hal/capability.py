@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from glm5_hal.errors import HalError
+
 
 @dataclass(frozen=True)
 class TensorMeta:
@@ -47,10 +49,8 @@ class Signature:
     axes: Mapping[str, int] = field(default_factory=dict)
 
     def value(self, name: str) -> Any:
-        """The value of an axis or of a scalar argument."""
-        if name in self.axes:
-            return self.axes[name]
-        return self.scalars[name]
+        """The value of an axis or of a scalar argument; None for an axis of optional tensors that were not given."""
+        return self.axes[name] if name in self.axes else self.scalars.get(name)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Accepted:
 @dataclass(frozen=True)
 class Rejected:
     """A typed no. ``patch`` is the fix in a form that a program can apply to the call: ((name, new value), ...);
-    names are axes, scalars, or ``tensor.dtype`` / ``tensor.strides``. It is empty where the fix is outside the call."""
+    names are axes, scalars, ``tensor.dtype``, ``tensor.strides`` (None: contiguous), or an optional tensor (None: leave
+    it out). It is empty where the fix is outside the call."""
 
     code: str
     detail: str
@@ -88,7 +89,7 @@ ACCEPTED = Accepted()
 
 @runtime_checkable
 class Requirement(Protocol):
-    """``reads`` names what the answer depends on: ("q", "dtype"), ("q", "shape"), ("q", "strides") or ("top_k", "value")."""
+    """``reads`` names what the answer depends on: ("q", "dtype"), ("q", "shape"), ("q", "strides"), ("top_k", "value")."""
 
     @property
     def reads(self) -> frozenset[tuple[str, str]]: ...
@@ -137,6 +138,8 @@ class _Number:
 
     def test(self, call: Signature, facts: Facts) -> Decision:
         got = call.value(self.name)
+        if got is None:
+            return ACCEPTED
         ok = {
             "<=": lambda: got <= self.bound,
             ">=": lambda: got >= self.bound,
@@ -168,7 +171,7 @@ class _OneOf:
 
     def test(self, call: Signature, facts: Facts) -> Decision:
         got = call.value(self.name)
-        if got in self.allowed:
+        if got in self.allowed or (got is None and self.name not in call.scalars):
             return ACCEPTED
         wanted = ", ".join(map(repr, self.allowed))
         return Rejected(
@@ -288,6 +291,7 @@ class _When:
 
 def dtype(arg: str, *allowed: str) -> Requirement:
     """``arg`` has one of these dtypes (torch names: "bfloat16")."""
+    _demand(allowed, f"dtype({arg!r}) allows nothing", "name at least one dtype")
     return _Dtype(arg, allowed)
 
 
@@ -303,11 +307,13 @@ def at_least(name: str, minimum: int) -> Requirement:
 
 def multiple_of(name: str, factor: int) -> Requirement:
     """An axis or integer scalar is a positive multiple of ``factor``."""
+    _demand(factor > 0, f"multiple_of({name!r}, {factor})", "the factor is positive")
     return _Number(name, "multiple of", factor)
 
 
 def one_of(name: str, *allowed: Any) -> Requirement:
     """An axis or scalar is one of these values."""
+    _demand(allowed, f"one_of({name!r}) allows nothing", "name at least one value")
     return _OneOf(name, allowed)
 
 
@@ -323,16 +329,26 @@ def absent(arg: str) -> Requirement:
 
 def arch(*allowed: str) -> Requirement:
     """The probed device's architecture is one of these ("sm_90")."""
+    _demand(allowed, "arch() allows nothing", "name at least one architecture")
     return _Arch(allowed)
 
 
 def feature(name: str, fix: str) -> Requirement:
     """The probe reported this feature."""
+    _demand(fix.strip(), f"feature({name!r}) says no fix", "say what brings the feature")
     return _Feature(name, fix)
 
 
 def package(name: str, versions: str) -> Requirement:
     """The distribution ``name`` is installed in a version within ``versions`` (PEP 440, ">=2.9")."""
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    try:
+        SpecifierSet(versions)
+    except InvalidSpecifier:
+        _demand(
+            False, f"package({name!r}, {versions!r}): these are no versions", "write them as PEP 440 has them: '>=2.9'"
+        )
     return _Package(name, versions)
 
 
@@ -340,7 +356,13 @@ def when(
     predicate: Callable[[Signature], bool], reason: str, fix: str, *, reads: tuple[tuple[str, str], ...]
 ) -> Requirement:
     """Only where data cannot say it. ``reads`` lists everything that ``predicate`` looks at."""
+    _demand(reason.strip() and fix.strip(), "when() without a reason or a fix", "say what is asked, and what to do")
     return _When(predicate, reason, fix, frozenset(reads))
+
+
+def _demand(good: object, what: str, fix: str) -> None:
+    if not good:
+        raise HalError("CONTRACT", what, fix=fix)
 
 
 def package_problem(name: str, versions: str, known: Mapping[str, str] | None = None) -> str | None:

@@ -9,7 +9,9 @@ from glm5_hal import plugins
 from glm5_hal.backend import Device, Kernel, Unavailable
 from glm5_hal.capability import one_of
 from glm5_hal.errors import HalError, suggest
+from glm5_hal.metadata import axis_names
 from glm5_hal.plugins import PluginRecord
+from glm5_hal.spec import OpSpec
 
 
 class Catalogue:
@@ -19,7 +21,7 @@ class Catalogue:
         self._lock = threading.RLock()
         self._records = None if records is None else tuple(records)
         self._devices: dict[str, Device | Unavailable] = {}
-        self._kernels: dict[str, tuple[Kernel, ...]] = {}
+        self._kernels: dict[str, tuple[Kernel, ...] | HalError] = {}
 
     @property
     def records(self) -> tuple[PluginRecord, ...]:
@@ -46,11 +48,20 @@ class Catalogue:
             return self._devices[name]
 
     def all_kernels(self, name: str) -> tuple[Kernel, ...]:
-        """Every kernel of a backend, signatures checked; composites' defaults included. Raises HalError("PLUGIN")."""
+        """Every kernel of a backend, checked against its op; composites' defaults included.
+
+        Raises HalError("PLUGIN") or HalError("CONTRACT"), the same one each time: a plugin is asked once.
+        """
         with self._lock:
             if name not in self._kernels:
-                self._kernels[name] = self._load(name)
-            return self._kernels[name]
+                try:
+                    self._kernels[name] = self._load(name)
+                except HalError as problem:
+                    self._kernels[name] = problem
+            found = self._kernels[name]
+        if isinstance(found, HalError):
+            raise found.with_traceback(None)
+        return found
 
     def kernels(self, name: str, op: str) -> tuple[Kernel, ...]:
         return tuple(k for k in self.all_kernels(name) if k.op == op)
@@ -62,17 +73,45 @@ class Catalogue:
         return tuple(dict.fromkeys(k.provider for k in self.all_kernels(name)))
 
     def _load(self, name: str) -> tuple[Kernel, ...]:
-        from glm5_hal.ops import specs
-
         from glm5_hal.dispatch import default_of
+        from glm5_hal.ops import specs
 
         known = specs()
         loaded = plugins.load_kernels(self.record(name), {n: s.signature for n, s in known.items()})
+        for kernel in loaded:
+            _check_requirements(kernel, known[kernel.op], f"plugin {name}")
         formatted = tuple(_plain_weights_unless_declared(k, "weight_format" in known[k.op].options) for k in loaded)
         composites = tuple(
-            Kernel(n, "composite", default_of(s), provides=frozenset(s.attributes)) for n, s in known.items() if s.composite
+            Kernel(n, "composite", default_of(s), provides=frozenset(s.attributes))
+            for n, s in known.items()
+            if s.composite
         )
         return formatted + composites
+
+
+#: What a requirement may read of a tensor; of an axis or a scalar it reads the "value".
+_READABLE = ("dtype", "shape", "strides", "device")
+
+
+def _check_requirements(kernel: Kernel, spec: OpSpec, whose: str) -> None:
+    """Whatever a requirement reads must be there: a misspelt limit would never bind."""
+    for requirement in kernel.requires:
+        for name, what in requirement.reads:
+            known = (
+                {*spec.tensors}
+                if what in _READABLE
+                else {*spec.options, *axis_names(spec)}
+                if what == "value"
+                else set()
+            )
+            if name not in known:
+                raise HalError(
+                    "CONTRACT",
+                    f"{whose}: kernel {kernel.op} of provider {kernel.provider} requires {requirement.describe()!r}, "
+                    f"which reads the {what} of {name!r}, and its op has no such thing",
+                    value=(name, what),
+                    fix=suggest(name, known) if known else f"read among value, {', '.join(_READABLE)}",
+                )
 
 
 def _plain_weights_unless_declared(kernel: Kernel, takes_format: bool) -> Kernel:

@@ -28,6 +28,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 #: Codes whose cause is the machine, not the call.
 UNAVAILABLE = ("UNAVAILABLE", "PLUGIN")
+#: Codes of calls that were right and did not come through.
+FAILURES = ("NO_KERNEL", "KERNEL")
 
 
 def main() -> None:
@@ -36,7 +38,7 @@ def main() -> None:
         app()
     except HalError as problem:
         typer.echo(f"error {problem}", err=True)
-        sys.exit(3 if problem.code in UNAVAILABLE else 1 if problem.code == "NO_KERNEL" else 2)
+        sys.exit(3 if problem.code in UNAVAILABLE else 1 if problem.code in FAILURES else 2)
 
 
 @app.command("list")
@@ -56,7 +58,9 @@ def list_everything(as_json: Json = False) -> None:
         ops.add_row(op["name"], op["group"], str(op["since"]), op["summary"])
     backends = Table("backend", "status", "device", "providers", "from", header_style="bold")
     for b in found["backends"]:
-        backends.add_row(b["name"], b["status"], b["device_type"], ", ".join(b["providers"]), f"{b['dist']} {b['version']}")
+        backends.add_row(
+            b["name"], b["status"], b["device_type"], ", ".join(b["providers"]), f"{b['dist']} {b['version']}"
+        )
     formats = Table("cache format", "kind", "layout", header_style="bold")
     for f in found["cache_formats"]:
         formats.add_row(f["name"], f["kind"], f["layout"])
@@ -88,7 +92,8 @@ def doctor(
 def explain(
     op: Annotated[str, typer.Argument(help="An op of `glm5-hal list`.")],
     settings: Annotated[
-        list[str] | None, typer.Argument(help="Axes and scalars of the call: top_k=4096 T=64 dtype=bfloat16 device=cuda")
+        list[str] | None,
+        typer.Argument(help="Axes and scalars of the call: top_k=4096 T=64 dtype=bfloat16 device=cuda"),
     ] = None,
     backend: Annotated[str | None, typer.Option(help="A policy, as in GLM5_BACKEND.")] = None,
     require: Annotated[list[str] | None, typer.Option(help="An attribute that the kernel must claim.")] = None,
@@ -138,9 +143,15 @@ def params(
 
 @app.command()
 def bench(
-    op: Annotated[list[str] | None, typer.Option("--op", help="Only ops that match this glob. May be repeated.")] = None,
-    backend: Annotated[str, typer.Option(help="B or B:provider. B alone times every provider but the reference.")] = "cpu",
-    level: Annotated[str, typer.Option(help="Whose shapes: smoke, standard (GLM-5's real widths) or full.")] = "standard",
+    op: Annotated[
+        list[str] | None, typer.Option("--op", help="Only ops that match this glob. May be repeated.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="B or B:provider. B alone times every provider but the reference.")
+    ] = "cpu",
+    level: Annotated[
+        str, typer.Option(help="Whose shapes: smoke, standard (GLM-5's real widths) or full.")
+    ] = "standard",
     dtype: Annotated[str, typer.Option(help="Storage dtype.")] = "bfloat16",
     seconds: Annotated[float, typer.Option(help="Time budget per case.", min=0.01)] = 0.5,
     as_json: Json = False,

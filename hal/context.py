@@ -68,8 +68,16 @@ def reset() -> None:
         dispatch.clear_tables()
 
 
+def _forked() -> None:
+    for name in ("glm5_hal.observe", "glm5_hal.dispatch"):
+        module = sys.modules.get(name)
+        if module is not None:
+            module.renew_locks()
+    reset()
+
+
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=reset)
+    os.register_at_fork(after_in_child=_forked)
 
 
 def effective() -> tuple[Policy, frozenset[str], str]:
@@ -116,7 +124,9 @@ def use(
         raise HalError("UNKNOWN", f"no check level {check!r}", value=check, fix=suggest(check, CHECKS))
     if _capturing():
         raise HalError(
-            "CAPTURE", "the policy was changed while a device graph is being captured", fix="enter hal.use before capture"
+            "CAPTURE",
+            "the policy was changed while a device graph is being captured",
+            fix="enter hal.use before capture",
         )
     token = active.set(_intern(chosen, frozenset(wanted), check or outer.check))
     try:

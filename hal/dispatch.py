@@ -29,10 +29,12 @@ TABLE_LIMIT = 4096
 #: From so many tensor arguments on, a guard on the last signature is worth its check.
 GUARD_FROM = 4
 
-#: What a guarded op remembers before its first call: (guard, policy and scalars, kernel).
-NOTHING: tuple[Any, ...] = (lambda *_: False, None, None)
+#: What a guarded op remembers before its first call: [guard, policy and scalars, kernel].
+NOTHING: list[Any] = [lambda *_: False, None, None]
 
 _ops: weakref.WeakSet[Op] = weakref.WeakSet()
+_made: dict[str, Op] = {}
+_making = threading.RLock()
 
 
 class Op:
@@ -49,12 +51,14 @@ class Op:
         self.__doc__ = spec.doc
         self.__signature__ = spec.signature
         self._table: dict[Any, Any] = {}
-        self._last: list[tuple[Any, ...]] = [NOTHING]
+        self._last: list[list[Any]] = [NOTHING]
         self._remembers = sum(not a.optional for a in spec.args) >= GUARD_FROM
         self._lock = threading.RLock()
+        self._epoch = 0
         self._strided: frozenset[str] = frozenset(a.name for a in spec.args if a.layout != "any")
-        self._call = _compile_call(self, self._strided)
-        self.torch_op = torchlib.register(spec, self._call.__get__(self))
+        self._functions = _compiled(self, self._strided)
+        self._call, from_torch, self._key, self._alike = self._functions
+        self.torch_op = torchlib.register(spec, from_torch.__get__(self))
         _ops.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # each instance's class overrides this: see `make_op`
@@ -76,8 +80,7 @@ class Op:
 
     def choose(self, *args: Any, **kwargs: Any) -> Choice:
         """The backend and kernel that serve such a call. Raises HalError("NO_KERNEL") with the whole trace."""
-        call = self.describe(*args, **kwargs)
-        return self._chosen(call, self.resolution(call))
+        return self._chosen(self.resolution(self.describe(*args, **kwargs)))
 
     def describe(self, *args: Any, **kwargs: Any) -> Signature:
         """The call's metadata, checked against the declaration."""
@@ -92,33 +95,41 @@ class Op:
         return resolve(self.spec, call, context.catalogue(), targets, require, exhaustive=exhaustive)
 
     def clear(self) -> None:
-        self._table.clear()
-        self._last[0] = NOTHING
+        with self._lock:
+            self._epoch += 1
+            if self._remembers:
+                for entry in self._table.values():  # another thread may be about to remember one of them
+                    entry[0] = NOTHING[0]
+            self._table.clear()
+            self._last[0] = NOTHING
 
     # --- the slow path -----------------------------------------------------------------------------------------------
 
     def _miss(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        epoch = self._epoch
         arguments = self.spec.bind(*args, **kwargs)
         call = self.describe(**arguments)
         if any(_is_fake(arguments[name]) for name in self.spec.tensors):
             return self.torch_op  # type: ignore[no-any-return]
-        choice = self._chosen(call, self.resolution(call))
-        self._widen(choice)
+        resolution = self.resolution(call)
+        choice = self._chosen(resolution)
         entry = observe.wrapped(self.spec.name, choice, self._guarded(choice.kernel.fn, call))
         observe.selected(self.spec.name, call, choice)
-        if len(self._table) >= TABLE_LIMIT:
-            self._table.clear()
-        self._table[self._key(arguments)] = self._entry(arguments, entry) if self._remembers else entry
+        with self._lock:
+            if epoch == self._epoch:  # else it was decided under settings that hold no longer
+                self._widen(resolution)
+                if len(self._table) >= TABLE_LIMIT:
+                    self._table.clear()
+                self._table[self._key(**arguments)] = self._entry(arguments, entry) if self._remembers else entry
         return entry
 
-    def _entry(self, arguments: Mapping[str, Any], kernel: Callable[..., Any]) -> tuple[Any, ...]:
+    def _entry(self, arguments: Mapping[str, Any], kernel: Callable[..., Any]) -> list[Any]:
         needed = [arguments[n] for n in self.spec.signature.parameters if n in self.spec.required]
         more = any(arguments[a.name] is not None for a in self.spec.args if a.optional)
         guard = None if more else tensor_guard(needed)
-        scalars = tuple(arguments[n] for n in self.spec.signature.parameters if n in self.spec.options)
-        return (guard or NOTHING[0], (context.active.get(), *scalars), kernel)
+        return [guard or NOTHING[0], self._alike(**arguments), kernel]
 
-    def _chosen(self, call: Signature, resolution: Resolution) -> Choice:
+    def _chosen(self, resolution: Resolution) -> Choice:
         if resolution.chosen is None:
             raise _no_kernel(self.spec.name, resolution.trace)
         return resolution.chosen
@@ -137,62 +148,56 @@ class Op:
 
         return checked
 
-    def _widen(self, choice: Choice) -> None:
-        """Strides join the key as soon as a kernel that asks for them is among the candidates."""
+    def _widen(self, resolution: Resolution) -> None:
+        """Strides join the key as soon as a kernel that asks for them is among the candidates, accepted or not."""
+        considered = {
+            (backend, provider) for s in resolution.trace for backend, _, provider in [s.candidate.partition(":")]
+        }
         read = {
             name
-            for kernel in context.catalogue().kernels(choice.backend, self.spec.name)
+            for backend, provider in considered
+            if provider
+            for kernel in context.catalogue().kernels(backend, self.spec.name)
+            if kernel.provider == provider
             for requirement in kernel.requires
             for name, what in requirement.reads
             if what == "strides"
         }
-        with self._lock:
-            if not read <= self._strided:
-                self._strided |= read
-                self.clear()
-                self._call.__code__ = _compile_call(self, self._strided).__code__
-
-    def _key(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-        key: list[Any] = [context.active.get()] + [torch.is_inference_mode_enabled()] * self._remembers
-        for name in self.spec.signature.parameters:
-            value = arguments[name]
-            if name not in self.spec.tensors:
-                key.append(value)
-            elif value is None:
-                key.append(None)
-            else:
-                parts = [value.dtype, value.size(), value.device] + [value.stride()] * (name in self._strided)
-                key += [tuple(parts)] if self.spec.tensors[name].optional else parts
-        return tuple(key)
+        if not read <= self._strided:
+            self._strided |= read
+            self.clear()
+            for old, new in zip(self._functions, _compiled(self, self._strided), strict=True):
+                old.__code__ = new.__code__
 
     def _refuse_grad(self) -> None:
-        raise HalError(
-            "GRAD",
-            f"{self.spec.name} has no gradient, and an argument requires one",
-            fix="call it under torch.inference_mode() or torch.no_grad(), or detach the arguments",
-        )
+        raise torchlib.no_gradient(self.spec)
 
-    def _failed(self, problem: Exception, arguments: Mapping[str, Any]) -> Exception:
+    def _failed(self, problem: Exception, arguments: Mapping[str, Any]) -> HalError:
         """A kernel's own exception, with what it takes to report it. Nothing else is tried after it."""
-        if isinstance(problem, HalError):
-            return problem
         resolution = self.resolution(self.describe(**arguments))
-        ran = resolution.chosen.name if resolution.chosen else "?"
+        ran, versions = "?", ""
+        if resolution.chosen:
+            device = context.catalogue().device(resolution.chosen.backend)
+            ran, known = resolution.chosen.name, getattr(device, "versions", {})
+            versions = f" ({', '.join(f'{k} {v}' for k, v in known.items())})" if known else ""
         return HalError(
             "KERNEL",
-            f"{self.spec.name}: kernel {ran} raised {type(problem).__name__}: {problem}",
+            f"{self.spec.name}: kernel {ran}{versions} raised {type(problem).__name__}: {problem}",
             value=problem,
-            fix=f"report it with `glm5-hal doctor --json`; GLM5_BACKEND='...; {self.spec.name}=...' chooses another kernel",
+            fix=f"report it with `glm5-hal doctor --json`; GLM5_BACKEND='...; {self.spec.name}=...' chooses another",
             trace=resolution.trace,
         )
 
 
 def make_op(spec: OpSpec) -> Op:
-    """An op whose class is its own: calling an instance then costs no more than calling a function."""
-    cls = type(f"Op_{spec.name}", (Op,), {})
-    op: Op = cls(spec)
-    cls.__call__ = op._call  # type: ignore[method-assign]
-    return op
+    """The op of a spec, made once. Its class is its own: calling an instance costs no more than calling a function."""
+    with _making:
+        op = _made.get(spec.name)
+        if op is None or op.spec is not spec:
+            cls = type(f"Op_{spec.name}", (Op,), {})
+            op = _made[spec.name] = cls(spec)
+            cls.__call__ = op._call  # type: ignore[method-assign]
+        return op
 
 
 def op_named(name: str) -> Op:
@@ -205,6 +210,14 @@ def op_named(name: str) -> Op:
 def clear_tables() -> None:
     for op in list(_ops):
         op.clear()
+
+
+def renew_locks() -> None:
+    """For a child after a fork: a lock that another thread of the parent held is never released there."""
+    global _making
+    _making = threading.RLock()
+    for op in list(_ops):
+        op._lock = threading.RLock()
 
 
 def default_of(spec: OpSpec) -> Callable[..., Any]:
@@ -232,7 +245,9 @@ def meta_of(spec: OpSpec, name: str, value: Any, optional: bool) -> TensorMeta |
             fix=spec.tensors[name].doc,
         )
     if value.layout != torch.strided:
-        raise HalError("STRIDE", f"{spec.name}: {name} has layout {value.layout}", value=value.layout, fix="use to_dense()")
+        raise HalError(
+            "STRIDE", f"{spec.name}: {name} has layout {value.layout}", value=value.layout, fix="use to_dense()"
+        )
     return TensorMeta(str(value.dtype)[6:], tuple(value.shape), str(value.device), tuple(value.stride()))
 
 
@@ -254,20 +269,25 @@ def _no_kernel(op: str, trace: Sequence[Step]) -> HalError:
     )
 
 
-def _compile_call(op: Op, strided: frozenset[str]) -> Callable[..., Any]:
-    """`__call__` for one op, written out for its own parameters.
+def _compiled(op: Op, strided: frozenset[str]) -> tuple[Callable[..., Any], ...]:
+    """For one op, written out for its own parameters: `__call__`, the same for torch's dispatcher, the key of a call, and
+    the policy and scalars of a call.
 
     Generated source, as in dataclasses and for the same reason: a loop over arguments would cost several times the
-    whole budget of 2 µs.
+    whole budget of 2 µs. Its own names begin with an underscore, which no parameter's does.
     """
-    key, grads, positional, keywords = ["active()"], [], [], []
+    scalars, key, grads = ["_active()"], [], []
+    # A fake tensor looks like a real one, but its type is another.
+    key.append(f"{next(a.name for a in op.spec.args if not a.optional)}.__class__")
     if op._remembers:  # a guard knows tensors by their dispatch keys, which inference mode changes
-        key.append("inference()")
-    for name, parameter in op.spec.signature.parameters.items():
-        (keywords if parameter.kind is inspect.Parameter.KEYWORD_ONLY else positional).append(name)
+        key.append("_inference()")
+    parameters = op.spec.signature.parameters
+    for name, parameter in parameters.items():
         arg = op.spec.tensors.get(name)
         if arg is None:
-            key.append(name)
+            scalars.append(name)
+            if parameter.annotation is not str:  # 1, 1.0 and True are equal
+                scalars.append(f"{name}.__class__")
             continue
         # size() is the cheaper spelling of .shape: 0.11 against 0.17 µs, measured.
         parts = [f"{name}.dtype", f"{name}.size()", f"{name}.device"] + [f"{name}.stride()"] * (name in strided)
@@ -275,56 +295,66 @@ def _compile_call(op: Op, strided: frozenset[str]) -> Callable[..., Any]:
             key.append(f"None if {name} is None else ({', '.join(parts)})")
         else:
             key += parts
-        if arg.dtype in op.spec.dtypes:
+        if torchlib.differentiable(op.spec, arg):
             grads.append(f"({name} is not None and {name}.requires_grad)" if arg.optional else f"{name}.requires_grad")
-    passed = ", ".join(positional + [f"{k}={k}" for k in keywords])
-    named = ", ".join(f"{n}={n}" for n in positional + keywords)
-    gradients = f"if grad_enabled() and ({' or '.join(grads) or 'False'}): self._refuse_grad()"
-    lookup = f"table[({', '.join(key)},)]"
+    passed = ", ".join(f"{n}={n}" if p.kind is inspect.Parameter.KEYWORD_ONLY else n for n, p in parameters.items())
+    gradients = f"if _grad_enabled() and ({' or '.join(grads) or 'False'}): self._refuse_grad()"
+    alike, whole = f"({', '.join(scalars)},)", f"({', '.join(scalars + key)},)"
     if op._remembers:
-        needed = ", ".join(n for n in op.spec.signature.parameters if n in op.spec.required)
+        needed = ", ".join(n for n in parameters if n in op.spec.required)
         alone = " and ".join(f"{a.name} is None" for a in op.spec.args if a.optional) or "True"
-        scalars = ", ".join(["active()", *(n for n in op.spec.signature.parameters if n in op.spec.options)])
         find = f"""
-        last = cell[0]
-        if {alone} and last[0]({needed}) and last[1] == ({scalars},):
-            kernel = last[2]
+        _last = _cell[0]
+        if {alone} and _last[0]({needed}) and _last[1] == {alike}:
+            _kernel = _last[2]
         else:
             {gradients}
-            last = cell[0] = {lookup}
-            kernel = last[2]"""
+            _last = _cell[0] = _table[{whole}]
+            _kernel = _last[2]"""
     else:
         find = f"""
         {gradients}
-        kernel = {lookup}"""
-    source = f"""
-def __call__(self, {_parameters(op.spec.signature)}):
-    if is_compiling():
-        return self.torch_op({passed})
+        _kernel = _table[{whole}]"""
+    run = f"""
     try:{find}
     except (KeyError, AttributeError, TypeError):
-        kernel = None
-    if kernel is None:
-        kernel = self._miss({passed})
+        _kernel = None
+    if _kernel is None:
+        _kernel = self._miss({passed})
     try:
-        return kernel({passed})
-    except Exception as problem:
-        raise self._failed(problem, dict({named})) from problem
+        return _kernel({passed})
+    except _HalError:
+        raise
+    except Exception as _problem:
+        raise self._failed(_problem, dict({", ".join(f"{n}={n}" for n in parameters)})) from _problem
 """
-    defaults = {f"default_{n}": p.default for n, p in op.spec.signature.parameters.items()}
+    declared = _parameters(op.spec.signature)
+    source = f"""
+def __call__(self, {declared}):
+    if _is_compiling():
+        return self.torch_op({passed})
+{run}
+def from_torch(self, {declared}):
+{run}
+def key({declared}):
+    return {whole}
+
+def alike({declared}):
+    return {alike}
+"""
     namespace: dict[str, Any] = {
-        "is_compiling": torch.compiler.is_compiling,
-        "grad_enabled": torch.is_grad_enabled,
-        "inference": torch.is_inference_mode_enabled,
-        "active": context.active.get,
-        "table": op._table,
-        "cell": op._last,
-        **defaults,
+        "_is_compiling": torch.compiler.is_compiling,
+        "_grad_enabled": torch.is_grad_enabled,
+        "_inference": torch.is_inference_mode_enabled,
+        "_active": context.active.get,
+        "_table": op._table,
+        "_cell": op._last,
+        "_HalError": HalError,
+        **{f"_default_{n}": p.default for n, p in parameters.items()},
     }
     exec(compile(source, f"<glm5_hal op {op.spec.name}>", "exec"), namespace)
-    call: Callable[..., Any] = namespace["__call__"]
-    call.__doc__ = op.spec.doc
-    return call
+    namespace["__call__"].__doc__ = op.spec.doc
+    return tuple(namespace[n] for n in ("__call__", "from_torch", "key", "alike"))
 
 
 def _parameters(signature: inspect.Signature) -> str:
@@ -333,5 +363,5 @@ def _parameters(signature: inspect.Signature) -> str:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not star:
             parts.append("*")
             star = True
-        parts.append(name if parameter.default is inspect.Parameter.empty else f"{name}=default_{name}")
+        parts.append(name if parameter.default is inspect.Parameter.empty else f"{name}=_default_{name}")
     return ", ".join(parts)

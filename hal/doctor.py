@@ -66,7 +66,7 @@ def examine(timeout: float = 20.0) -> Diagnosis:
             "GLM5_BACKEND": f"{found.policy.text} ({found.policy.provenance})",
             "GLM5_LOG": f"{found.log.level} ({found.log.provenance})",
         }
-        settings |= {name: "not ours: ignored" for name in found.foreign}
+        settings |= dict.fromkeys(found.foreign, "not ours: ignored")
     except HalError as wrong:
         problem = str(wrong)
     return Diagnosis(patients, _versions(), settings, problem)
@@ -78,7 +78,7 @@ def _examined(record: PluginRecord, timeout: float) -> Patient:
         return Patient(record.name, "broken", source, record.reason, record.fix, output=record.output)
     found = plugins.probe_in_subprocess(record, timeout)
     if not isinstance(found, Device):
-        state = "absent" if _says_absent(record, found.reason) else "broken"
+        state = "broken" if found.fault else "absent"
         return Patient(record.name, state, source, found.reason, found.fix, output=record.output)
     facts = {
         "type": found.type,
@@ -92,29 +92,25 @@ def _examined(record: PluginRecord, timeout: float) -> Patient:
     kernel = _tiny_kernel(record.name)
     if kernel.startswith("failed"):
         fix = "reinstall the backend's package, or report this output to its vendor"
-    return Patient(
-        record.name, "broken" if fix else "ok", source, finding, fix, facts, kernel, output=record.output
-    )
-
-
-def _says_absent(record: PluginRecord, reason: str) -> bool:
-    """A probe that answered by itself is a machine without that device; one that broke is a fault."""
-    return not any(word in reason for word in plugins.BROKEN_PROBE)
+    return Patient(record.name, "broken" if fix else "ok", source, finding, fix, facts, kernel, output=record.output)
 
 
 def _tiny_kernel(backend: str) -> str:
-    """Run rms_norm on two numbers with a known answer."""
+    """Run rms_norm on two numbers with a known answer: the bare kernel, whatever the environment's settings are."""
     import torch
 
     from glm5_hal import ops
 
     try:
         device = context.catalogue().device(backend)
-        assert isinstance(device, Device)
+        if not isinstance(device, Device):
+            return f"failed: outside the probe's own process, {device.reason}"
+        if not context.catalogue().kernels(backend, "rms_norm"):
+            return "no rms_norm to try"
         x = torch.tensor([[3.0, 4.0]], device=device.type)
         with context.use(backend), torch.inference_mode():
-            kernel = ops.rms_norm.choose(x, torch.ones_like(x[0]), eps=0.0).name
-            y = ops.rms_norm(x, torch.ones_like(x[0]), eps=0.0).cpu()
+            choice = ops.rms_norm.choose(x, torch.ones_like(x[0]), eps=0.0)
+            kernel, y = choice.name, choice.kernel.fn(x, torch.ones_like(x[0]), eps=0.0).cpu()
     except Exception as problem:  # noqa: BLE001 - whatever a vendor's kernel raises is the finding
         return f"failed: {type(problem).__name__}: {problem}"
     expected = torch.tensor([[3.0, 4.0]]) / 12.5**0.5

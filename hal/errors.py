@@ -38,9 +38,7 @@ class HalError(Exception):
         trace: the candidates that were considered, each with its reason (for ``NO_KERNEL`` and ``KERNEL``).
     """
 
-    def __init__(
-        self, code: str, what: str, *, value: object = None, fix: str = "", trace: Iterable[Any] = ()
-    ) -> None:
+    def __init__(self, code: str, what: str, *, value: object = None, fix: str = "", trace: Iterable[Any] = ()) -> None:
         if code not in CODES:
             raise ValueError(f"unknown HalError code {code!r}; known: {', '.join(CODES)}")
         super().__init__(what)
@@ -52,6 +50,9 @@ class HalError(Exception):
         if self.fix:
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
+
+    def __repr__(self) -> str:  # all that is shown where another library wraps it, as torch.compile does
+        return f"HalError({self.code!r}, {self.what!r}, fix={self.fix!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:  # so that it crosses process boundaries whole
         return (_rebuild, (type(self), self.code, self.what, self.value, self.fix, self.trace))

@@ -60,7 +60,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         op: the op's name.
         args, kwargs: the call itself, with tensors; or no tensors, and then any of the op's scalars and axes by name
             (``explain("topk_indices", top_k=4096, T=64, S=131072)``), ``dtype`` and ``device``. What is left out
-            comes from the op's first sample.
+            comes from the op's first sample (of those with the given ``cache_format`` or other named choice).
 
     Raises:
         HalError: UNKNOWN for an op or a name that it does not have; what the op itself would raise for bad metadata.
@@ -83,32 +83,56 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
 
 def described(spec: OpSpec, changes: Mapping[str, Any]) -> Signature:
     """A signature from axes, scalars, ``dtype`` and ``device``; the rest as in the op's first sample."""
-    sample = next(iter(spec.samples()))
     changes = dict(changes)
-    dtype = changes.pop("dtype", sample.dtypes[0])
     device = changes.pop("device", "cpu")
-    from glm5_hal.conformance.inputs import Draw
-
-    args = spec.inputs(sample, sample.dtypes[0], Draw(0, spec.name)).args
+    if not isinstance(device, str):
+        raise HalError(
+            "DEVICE", f"device {device!r} is not a device's name", value=device, fix="write it as torch does: 'cpu'"
+        )
+    args = _example(spec, changes)
     scalars = {s.name: args[s.name] for s in spec.scalars}
     axes = bind_axes(spec, {n: None if args[n] is None else tuple(args[n].shape) for n in spec.tensors}, scalars)
     settable = {**{k: v for k, v in axes.items() if k != "..."}, **scalars}
-    for name in changes:
+    for name, value in changes.items():
         if name not in settable:
+            known = [*settable, "dtype", "device"]
             raise HalError(
-                "UNKNOWN", f"{spec.name} has no axis or scalar {name!r}", value=name, fix=suggest(name, [*settable, "dtype"])
+                "UNKNOWN", f"{spec.name} has no axis or scalar {name!r}", value=name, fix=suggest(name, known)
+            )
+        if name not in scalars and (type(value) is not int or value < 0):
+            raise HalError(
+                "SHAPE", f"{spec.name}: axis {name} is {value!r}", value=value, fix="an axis is an integer from 0"
             )
     axes |= {k: v for k, v in changes.items() if k in axes}
     scalars |= {k: v for k, v in changes.items() if k in scalars}
-    metas = {}
+    metas: dict[str, TensorMeta | None] = {}
     for arg in spec.args:
         if args[arg.name] is None:
             metas[arg.name] = None
             continue
-        given = str(args[arg.name].dtype)[6:]
-        wanted = dtype if given == sample.dtypes[0] and arg.dtype in spec.dtypes else given
-        metas[arg.name] = TensorMeta(wanted, shape_of(arg.dims, axes), device)
+        metas[arg.name] = TensorMeta(str(args[arg.name].dtype)[6:], shape_of(arg.dims, axes), device)
     return signature_of(spec, metas, scalars)
+
+
+def _example(spec: OpSpec, changes: dict[str, Any]) -> Mapping[str, Any]:
+    """Arguments of the first sample; of the first small one that has a choice by name, such as a cache format. Takes
+    ``dtype`` out of the changes."""
+    from glm5_hal.conformance.inputs import Draw
+
+    samples = [s for s in spec.samples() if s.level == "smoke"] or list(spec.samples())
+    dtype = changes.pop("dtype", samples[0].dtypes[0])
+    allowed = dict.fromkeys(d for variable in spec.dtypes.values() for d in variable)
+    if dtype not in allowed:
+        raise HalError("DTYPE", f"{spec.name} takes no {dtype}", value=dtype, fix=f"one of {', '.join(allowed)}")
+    choices = {k: v for k, v in changes.items() if isinstance(v, str)}
+    first = None
+    for sample in samples:
+        args = spec.inputs(sample, dtype, Draw(0, spec.name)).args
+        if all(args.get(name) == value for name, value in choices.items()):
+            return args
+        first = args if first is None else first
+    assert first is not None  # every op has a sample
+    return first
 
 
 def shape_of(dims: str, axes: Mapping[str, Any]) -> tuple[int, ...]:

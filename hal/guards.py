@@ -8,24 +8,28 @@ them or has changed them, `tensor_guard` answers None and the dispatcher uses it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 
 def tensor_guard(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
-    """A check that later tensors equal these in type, dtype, sizes, strides, device and need of a gradient."""
+    """A check that later tensors equal these in type, dtype, sizes, strides, device and need of a gradient.
+
+    It says no where a gradient is asked for: those calls are refused elsewhere.
+    """
     try:
         from torch._C._dynamo.guards import TensorGuards
 
         guard = TensorGuards(
             *tensors,
-            dynamic_dims_sizes=[list(t.size()) for t in tensors],
-            dynamic_dims_strides=[list(t.stride()) for t in tensors],
+            dynamic_dims_sizes=[list(t.size()) for t in tensors],  # type: ignore[misc]
+            dynamic_dims_strides=[list(t.stride()) for t in tensors],  # type: ignore[misc]
         )
         check: Callable[..., bool] = guard.check
         # A guard that does not know its own tensors, or any others apart, is not the one this was written for.
-        if check(*tensors) is True and check(*(t.new_empty((*t.shape, 2)) for t in tensors)) is False:
+        if check(*tensors) is True and check(*(t.new_empty((0,) * (t.dim() + 1)) for t in tensors)) is False:
+            if any(t.requires_grad for t in tensors):
+                return lambda *now: not torch.is_grad_enabled() and check(*now)
             return check
     except (ImportError, AttributeError, TypeError, RuntimeError):
         pass

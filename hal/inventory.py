@@ -1,10 +1,11 @@
-"""What is installed, as data: ops, backends, cache formats. Probes nothing."""
+"""What is installed, as data: ops, backends, cache formats. Only built-in backends are probed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from glm5_hal import context
+from glm5_hal.errors import HalError
 from glm5_hal.ops import specs
 from glm5_hal.state import FORMATS
 
@@ -14,12 +15,17 @@ def inventory() -> dict[str, Any]:
     catalogue = context.catalogue()
     backends = []
     for record in catalogue.records:
-        providers = catalogue.providers(record.name) if record.builtin and record.status == "ok" else None
+        status, reason, providers = record.status, record.reason, None
+        if record.builtin and record.status == "ok":
+            try:
+                providers = catalogue.providers(record.name)
+            except HalError as problem:
+                status, reason = "broken", problem.what
         backends.append(
             {
                 "name": record.name,
-                "status": record.status,
-                "reason": record.reason,
+                "status": status,
+                "reason": reason,
                 "device_type": record.backend.device_type if record.backend else "",
                 "providers": [p for p in providers or () if p != "composite"],
                 "dist": record.dist,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from glm5_hal.capability import Signature, TensorMeta
 from glm5_hal.errors import HalError
 from glm5_hal.spec import Arg, OpSpec
 
-_ARITHMETIC = {
+_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: lambda a, b: a + b,
     ast.Sub: lambda a, b: a - b,
     ast.Mult: lambda a, b: a * b,
@@ -19,7 +19,7 @@ _ARITHMETIC = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parsed(dim: str) -> ast.expr:
     return ast.parse(dim, mode="eval").body
 
@@ -32,16 +32,24 @@ def evaluate(dim: str, axes: Mapping[str, Any]) -> Any:
             return axes[node.id]
         if isinstance(node, ast.Constant):
             return node.value
-        if isinstance(node, ast.BinOp):
-            return _ARITHMETIC[type(node.op)](value(node.left), value(node.right))  # type: ignore[index]
-        raise ValueError(f"dim {dim!r} is not arithmetic on axes")
+        if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+            return _ARITHMETIC[type(node.op)](value(node.left), value(node.right))
+        raise HalError(
+            "CONTRACT", f"dim {dim!r} is not arithmetic on axes", value=dim, fix="use axes, integers, + - * // ()"
+        )
 
     return value(_parsed(dim))
 
 
+def axis_names(spec: OpSpec) -> frozenset[str]:
+    """Every axis that the declaration of the arguments names."""
+    dims = {dim for arg in spec.args for dim in arg.dims.split() if dim != "..."}
+    return frozenset(node.id for dim in dims for node in ast.walk(_parsed(dim)) if isinstance(node, ast.Name))
+
+
 def bind_axes(spec: OpSpec, shapes: Mapping[str, tuple[Any, ...] | None], scalars: Mapping[str, Any]) -> dict[str, Any]:
     """Bind every axis of the declaration from the shapes. Raises HalError("SHAPE") at the first disagreement."""
-    axes: dict[str, Any] = {k: v for k, v in scalars.items() if isinstance(v, int) and not isinstance(v, bool)}
+    axes: dict[str, Any] = {k: v for k, v in scalars.items() if _is_a(v, int) and type(v).__name__ != "SymFloat"}
     for arg in spec.args:
         shape = shapes[arg.name]
         if shape is not None:
@@ -73,7 +81,9 @@ def _bind_one(spec: OpSpec, arg: Arg, shape: tuple[Any, ...], axes: dict[str, An
             expected = evaluate(dim, axes)
         except KeyError as unbound:
             raise HalError(
-                "CONTRACT", f"op {spec.name}: dim {dim!r} of {arg.name} uses {unbound} before it is bound", fix="reorder"
+                "CONTRACT",
+                f"op {spec.name}: dim {dim!r} of {arg.name} uses {unbound} before it is bound",
+                fix="reorder",
             ) from None
         if expected != size:
             raise _shape_error(spec, arg, shape, f"{dim} should be {expected}")

@@ -34,7 +34,7 @@ class _State:
     def __init__(self) -> None:
         self.observing = Observing()
         self.calls: Counter[tuple[str, str]] = Counter()
-        self.seconds: Counter[tuple[str, str]] = Counter()
+        self.seconds: dict[tuple[str, str], float] = {}
         self.fallbacks: Counter[tuple[str, str]] = Counter()
         self.lock = threading.Lock()
 
@@ -58,14 +58,23 @@ def watch(*, counters: bool = False, profile: bool = False) -> None:
 def counts() -> dict[str, dict[str, Any]]:
     """Calls, host seconds and fallback selections per ``op[backend:provider]``, most calls first."""
     with _state.lock:
+        calls = _state.calls + Counter()
         return {
             f"{op}[{kernel}]": {
-                "calls": calls,
+                "calls": calls[op, kernel],
                 "seconds": _state.seconds[op, kernel],
                 "fallback": _state.fallbacks[op, kernel] > 0,
             }
-            for (op, kernel), calls in _state.calls.most_common()
+            for op, kernel in [
+                *(key for key, _ in calls.most_common()),
+                *sorted(_state.fallbacks.keys() - calls.keys()),
+            ]
         }
+
+
+def renew_locks() -> None:
+    """For a child after a fork: a lock that another thread of the parent held is never released there."""
+    _state.lock = threading.Lock()
 
 
 def clear_counts() -> None:
@@ -104,7 +113,7 @@ def _counted(fn: Callable[..., Any], key: tuple[str, str]) -> Callable[..., Any]
             spent = time.perf_counter() - start
             with _state.lock:
                 _state.calls[key] += 1
-                _state.seconds[key] += spent
+                _state.seconds[key] = _state.seconds.get(key, 0.0) + spent
 
     return counted
 
@@ -133,12 +142,13 @@ def emit(event: str, fields: Mapping[str, Any]) -> None:
             sink.write(line + "\n")
         return
     text = "  ".join(f"{k}={v}" for k, v in fields.items())
-    if setting.level == "debug" or event != "hal.select" or fields["op"] not in _announced:
-        _announced.add(str(fields.get("op")))
+    what = (str(fields.get("op")), str(fields.get("kernel")))
+    if setting.level == "debug" or event != "hal.select" or what not in _announced:
+        _announced.add(what)
         print(f"glm5_hal {event}  {text}", file=sys.stderr)  # noqa: T201 - the user asked for it with GLM5_LOG
 
 
-_announced: set[str] = set()
+_announced: set[tuple[str, str]] = set()
 
 
 def _spelled(call: Signature) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
-from glm5_hal.capability import ACCEPTED, Accepted, Decision, Rejected, Signature
+from glm5_hal.capability import ACCEPTED, Accepted, Decision, Rejected, Requirement, Signature
+from glm5_hal.errors import HalError
 from glm5_hal.policy import Target
 from glm5_hal.spec import OpSpec
 
@@ -103,11 +104,11 @@ def resolve(
     device_type = _device_type(call)
     trace: list[Step] = []
     chosen: Choice | None = None
-    for position, target, entry, explicit in _entries(targets, catalogue, device_type):
+    for position, target, entry in _entries(targets, catalogue, device_type):
         for step, kernel in _candidates(spec, call, catalogue, entry, target, require, device_type):
             trace.append(step)
             if kernel is not None and chosen is None:
-                chosen = Choice(entry.name, kernel, fallback=explicit and position > 0)
+                chosen = Choice(entry.name, kernel, fallback=position > 0)
             if chosen is not None and not exhaustive:
                 return Resolution(spec.name, chosen, tuple(trace))
     return Resolution(spec.name, chosen, tuple(trace))
@@ -117,18 +118,16 @@ def _device_type(call: Signature) -> str:
     return next((meta.device.split(":")[0] for meta in call.tensors.values() if meta is not None), "cpu")
 
 
-def _entries(
-    targets: Sequence[Target], catalogue: Catalogue, device_type: str
-) -> Iterator[tuple[int, Target, Entry, bool]]:
+def _entries(targets: Sequence[Target], catalogue: Catalogue, device_type: str) -> Iterator[tuple[int, Target, Entry]]:
     """Backends in the order of the policy. ``auto`` takes every backend of the tensors' device, built-in ones first:
     records come in that order."""
     for position, target in enumerate(targets):
         for entry in catalogue.records:
             if target.backend == "auto":
                 if entry.backend is not None and entry.backend.device_type == device_type:
-                    yield position, target, entry, False
+                    yield position, target, entry
             elif entry.name == target.backend:
-                yield position, target, entry, True
+                yield position, target, entry
 
 
 def _candidates(
@@ -161,19 +160,26 @@ def _candidates(
     if isinstance(device, Unavailable):
         yield Step(entry.name, Rejected("UNAVAILABLE", device.reason, device.fix)), None
         return
+    try:
+        offered = catalogue.kernels(entry.name, spec.name)
+    except HalError as problem:
+        yield Step(entry.name, Rejected("PLUGIN", problem.what, problem.fix)), None
+        return
     kernels = [
         k
-        for k in catalogue.kernels(entry.name, spec.name)
+        for k in offered
         if (k.provider == target.provider or k.provider == "composite")
         or (target.provider is None and k.provider != "reference")
     ]
     if not kernels:
         which = f"{entry.name}:{target.provider}" if target.provider else entry.name
         yield (
-            Step(which, Rejected("NOT_IMPLEMENTED", f"has no kernel for {spec.name}", "list a fallback in GLM5_BACKEND")),
+            Step(
+                which, Rejected("NOT_IMPLEMENTED", f"has no kernel for {spec.name}", "list a fallback in GLM5_BACKEND")
+            ),
             None,
         )
-    for kernel in sorted(kernels, key=lambda k: k.rank):
+    for kernel in sorted(kernels, key=lambda k: (k.provider != target.provider, k.rank)):
         decision = _judge(spec, call, kernel, device, require)
         step = Step(f"{entry.name}:{kernel.provider}", decision)
         yield step, kernel if isinstance(decision, Accepted) else None
@@ -183,10 +189,26 @@ def _judge(spec: OpSpec, call: Signature, kernel: Kernel, device: Device, requir
     missing = sorted((require & set(spec.attributes)) - kernel.provides)
     if missing:
         return Rejected(
-            "ATTRIBUTE", f"does not claim {', '.join(missing)}", "drop it from hal.use(require=...), or use another kernel"
+            "ATTRIBUTE",
+            f"does not claim {', '.join(missing)}",
+            "drop it from hal.use(require=...), or use another kernel",
         )
     for requirement in kernel.requires:
-        decision = requirement.test(call, device.facts)
+        decision = _asked(requirement, call, device)
         if isinstance(decision, Rejected):
             return decision
     return ACCEPTED
+
+
+def _asked(requirement: Requirement, call: Signature, device: Device) -> Decision:
+    """A requirement's answer; one that fails to answer is a no, for this kernel alone."""
+    try:
+        decision: object = requirement.test(call, device.facts)
+    except Exception as problem:  # noqa: BLE001 - a vendor's predicate may raise anything
+        decision = f"raised {type(problem).__name__}: {problem}"
+    if isinstance(decision, Decision):
+        return decision
+    said = decision if isinstance(decision, str) else f"answered {decision!r}, not Accepted or Rejected"
+    return Rejected(
+        "CONTRACT", f"its requirement {requirement.describe()!r} {said}", "report it to the backend's maintainer"
+    )

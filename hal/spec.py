@@ -238,7 +238,7 @@ class OpSpec:
     since: int = 1
 
     def __post_init__(self) -> None:
-        names = [p for p in self.signature.parameters]
+        names = list(self.signature.parameters)
         declared = [a.name for a in self.args] + [s.name for s in self.scalars]
         problems = []
         if sorted(names) != sorted(declared):

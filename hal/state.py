@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,14 @@ class CacheFormat:
 
     def widths(self, *dims: int) -> tuple[int, ...]:
         """Last dims of the format's tensors. ``dims``: (kv_lora_rank, rope_dim) or (index_head_dim,)."""
+        expected = ("kv_lora_rank", "rope_dim") if self.kind == "latent" else ("index_head_dim",)
+        if len(dims) != len(expected):
+            raise HalError(
+                "SHAPE",
+                f"cache format {self.name} takes the dims ({', '.join(expected)}), got {dims}",
+                value=dims,
+                fix=f"pass {len(expected)} of them",
+            )
         if self.group and dims[0] % self.group:
             raise HalError(
                 "SHAPE",
@@ -83,9 +92,7 @@ class CacheFormat:
 
 def _load_formats() -> dict[str, CacheFormat]:
     rows = json.loads(Path(__file__).with_name("formats.json").read_text(encoding="utf-8"))
-    made = (
-        CacheFormat(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in rows
-    )
+    made = (CacheFormat(**{**row, "tensors": tuple(row["tensors"]), "fields": tuple(row["fields"])}) for row in rows)
     return {f.name: f for f in made}
 
 
@@ -154,13 +161,29 @@ def prepare(op: str, weights: Mapping[str, torch.Tensor], *, backend: str) -> Pr
         raise HalError("UNKNOWN", f"no op {op!r}", value=op, fix=suggest(op, specs()))
     for name in weights:
         if name not in specs()[op].tensors:
-            raise HalError("UNKNOWN", f"{op} has no argument {name!r}", value=name, fix=suggest(name, specs()[op].tensors))
+            raise HalError(
+                "UNKNOWN", f"{op} has no argument {name!r}", value=name, fix=suggest(name, specs()[op].tensors)
+            )
     record = context.catalogue().record(backend)
     if record.backend is None:
         raise HalError("PLUGIN", f"backend {backend}: {record.reason}", value=backend, fix=record.fix)
     made = None if record.backend.prepare is None else record.backend.prepare(op, weights)
     if made is None:
         return Prepared(op, {name: t.contiguous() for name, t in weights.items()})
+    if not isinstance(made, Prepared) or made.op != op:
+        raise HalError(
+            "CONTRACT",
+            f"backend {backend}: preparing {op} returned {made!r}",
+            value=made,
+            fix=f"return None, or glm5_hal.Prepared({op!r}, ...)",
+        )
+    if made.format != "plain" and "weight_format" not in specs()[op].options:
+        raise HalError(
+            "CONTRACT",
+            f"backend {backend}: preparing {op} gave format {made.format!r}, which {op} cannot be told",
+            value=made.format,
+            fix="only ops with a weight_format argument take prepared weights",
+        )
     for name, plain in weights.items():
         if name not in made.tensors or made[name].shape != plain.shape or made[name].dtype != plain.dtype:
             raise HalError(
@@ -169,7 +192,7 @@ def prepare(op: str, weights: Mapping[str, torch.Tensor], *, backend: str) -> Pr
                 value=name,
                 fix="prepared weights keep the name, shape and dtype of the plain ones",
             )
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 # --- step plan -------------------------------------------------------------------------------------------------------
@@ -197,7 +220,7 @@ class StepPlan:
     max_q_len: int
     _versions: Mapping[str, int] = field(repr=False)
     _schedules: dict[Any, Any] = field(default_factory=dict, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     @staticmethod
     def build(
@@ -221,7 +244,7 @@ class StepPlan:
                 value=(len(lens), len(offsets)),
                 fix="pass [B] lengths and [B+1] offsets, host lists of the same length",
             )
-        queries = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+        queries = [b - a for a, b in pairwise(offsets)]
         if offsets[0] != 0 or min(queries, default=0) < 0 or min(lens, default=0) < 0:
             raise HalError(
                 "VALUE",
@@ -244,15 +267,22 @@ class StepPlan:
     def _host_of(self, tensor: torch.Tensor) -> tuple[int, ...] | None:
         for name, values in self.host.items():
             own: torch.Tensor = getattr(self, name)
-            same = own is tensor or (own.data_ptr() == tensor.data_ptr() and own.shape == tensor.shape)
-            # A buffer that was written after the plan was built no longer holds the plan's values.
-            if same and tensor.dtype == own.dtype and _version(own) == self._versions[name]:
+            if (own is tensor or _view(own) == _view(tensor)) and self._holds(name):
                 return values
         return None
 
+    def _holds(self, *names: str) -> bool:
+        """A buffer that was written after the plan was built no longer holds the plan's values."""
+        return all(_version(getattr(self, name)) == self._versions[name] for name in names)
+
+
+def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What two tensors agree in if they are the same elements of the same memory."""
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
 
 def _version(tensor: torch.Tensor) -> int:
-    """Inference tensors have no write counter: there a plan must be rebuilt by its owner, and a stale one is not seen."""
+    """Inference tensors have no write counter: there a plan is rebuilt by its owner, and a stale one is not seen."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -272,9 +302,9 @@ def host_list(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def schedule(key: Any, build: Any) -> Any:
-    """A kernel's per-step work (a vendor's tile schedule): built at the step's first call, reused by its other layers."""
+    """A kernel's per-step work (a vendor's tile schedule): built at the step's first call, reused by other layers."""
     plan = _plan.get()
-    if plan is None:
+    if plan is None or not plan._holds(*plan.host):
         return build()
     with plan._lock:
         if key not in plan._schedules:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 
+from glm5_hal.errors import HalError
 from glm5_hal.metadata import bind_axes, bind_dtypes, check_constraints, out_shapes
-from glm5_hal.spec import OpSpec
+from glm5_hal.spec import Arg, OpSpec
 
 NAMESPACE = "glm5"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _library() -> torch.library.Library:
-    return torch.library.Library(NAMESPACE, "FRAGMENT")
+    return torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def schema(spec: OpSpec) -> str:
@@ -33,10 +34,23 @@ def register(spec: OpSpec, call: Callable[..., Any]) -> Any:
     same table; gradients are refused there and at trace time."""
     library = _library()
     if not hasattr(getattr(torch.ops, NAMESPACE), spec.name):
-        library.define(spec.name + schema(spec), tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(spec.name, call, "CompositeExplicitAutograd")
+        library.define(spec.name + schema(spec), tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+        library.impl(spec.name, call, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"{NAMESPACE}::{spec.name}", fake(spec), lib=library)
     return getattr(getattr(torch.ops, NAMESPACE), spec.name).default
+
+
+def differentiable(spec: OpSpec, arg: Arg) -> bool:
+    """Whether an argument may be of a dtype that could require a gradient."""
+    return any("float" in dtype for dtype in spec.dtypes.get(arg.dtype, (arg.dtype,)))
+
+
+def no_gradient(spec: OpSpec) -> HalError:
+    return HalError(
+        "GRAD",
+        f"{spec.name} has no gradient, and an argument requires one",
+        fix="call it under torch.inference_mode() or torch.no_grad(), or detach the arguments",
+    )
 
 
 def fake(spec: OpSpec) -> Callable[..., Any]:
@@ -45,6 +59,9 @@ def fake(spec: OpSpec) -> Callable[..., Any]:
     def outputs(*args: Any, **kwargs: Any) -> Any:
         arguments = spec.bind(*args, **kwargs)
         tensors = {name: arguments[name] for name in spec.tensors}
+        # Compiled code runs without autograd: what is not refused while it is traced would be lost in silence.
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values()):
+            raise no_gradient(spec)
         scalars = {name: arguments[name] for name in spec.options}
         given = {n: None if t is None else str(t.dtype)[6:] for n, t in tensors.items()}
         dtypes = bind_dtypes(spec, given)

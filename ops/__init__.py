@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 if __name__ != "glm5_hal.ops":
@@ -35,13 +35,13 @@ else:
         return op
 
 
-@lru_cache(maxsize=None)
+@cache
 def names() -> tuple[str, ...]:
     """Names of all ops, without importing them."""
     return tuple(sorted(m.name[1:] for m in pkgutil.iter_modules(__path__) if m.name.startswith("_") and not m.ispkg))
 
 
-@lru_cache(maxsize=None)
+@cache
 def specs() -> dict[str, OpSpec]:
     """The declaration of every op, by name."""
     return {name: importlib.import_module(f"{__name__}._{name}").SPEC for name in names()}

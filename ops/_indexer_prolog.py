@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import checks, writes
+from glm5_hal.ops._common.draws import fine, weight, weight_scale
 from glm5_hal.ops._common.indexer import INDEX_ARGS, INDEX_SCALARS, index_constraints
 from glm5_hal.ops._common.precision import down, linear, up
-from glm5_hal.ops._common.prolog import LAYOUT, ROPE_TABLES, WEIGHT_FORMAT, rotations, weight
+from glm5_hal.ops._common.prolog import LAYOUT, ROPE_TABLES, WEIGHT_FORMAT
 from glm5_hal.ops._common.references import loosest
+from glm5_hal.ops._rope import unit_tables
 from glm5_hal.spec import (
     FLOATS,
     Arg,
@@ -116,16 +118,16 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     axes = sample.axes
     T, E, Q, H, D, R = (axes[a] for a in "TEQHDR")
     fmt, norms = FORMATS[axes["format"]], axes.get("norms", dtype)
-    cos, sin = rotations(draw, T, R // 2)
+    cos, sin = unit_tables(draw, T, R // 2)
     size = axes.get("size", 1.0) * 2.0 ** draw.integers(-1, 2, T, 1)
     args = {
-        "x": draw.normal(T, E, dtype=dtype) * size.to(getattr(torch, dtype)),
-        "q_c": draw.normal(T, Q, dtype=dtype),
+        "x": fine(draw, T, E, dtype=dtype) * size.to(getattr(torch, dtype)),
+        "q_c": fine(draw, T, Q, dtype=dtype),
         "w_q_b": weight(draw, H * D, Q, dtype),
         "w_k": weight(draw, D, E, dtype),
         "k_norm_weight": draw.uniform(D, dtype=norms, low=0.5, high=1.5),
         "k_norm_bias": draw.uniform(D, dtype=norms, low=-0.5, high=0.5),
-        "w_weights": weight(draw, H, E, axes.get("weights", dtype)),
+        "w_weights": fine(draw, H, E, dtype=axes.get("weights", dtype), scale=weight_scale(E)),
         "cos": cos,
         "sin": sin,
         "slot_mapping": writes.slots(draw, T, axes["N"] * axes["page"], skipped=axes.get("skip", "some")),
@@ -187,13 +189,13 @@ SPEC = OpSpec(
         Out("weights", "T num_heads", "acc", "head weights, scaled"),
     ),
     mutates=("index_cache",),
-    dtypes={"F": FLOATS, "W": FLOATS, "V": FLOATS, "C": (*FLOATS, "uint8")},
+    dtypes={"F": FLOATS, "W": FLOATS, "V": FLOATS, "A": ("float32", "float64"), "C": (*FLOATS, "uint8")},
     constraints=(
         *index_constraints("x"),
         Constraint(
             "the rope dims, twice the width of cos, fit into D", _rope_fits, "pass cos and sin as [T, R/2], R <= D"
         ),
-        Constraint("hadamard needs a D that is a power of two", _power_of_two, "pass hadamard=False", code="SCALAR"),
+        Constraint("hadamard needs a D that is a power of two", _power_of_two, "pass hadamard=False"),
     ),
     rounding="q, the projected key, its norm, rope and Hadamard accumulate in fp32 and are rounded to F each; a kernel "
     "that keeps more of these in fp32 is closer to the truth; weights stay in fp32; stored as index_cache_write does",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glm5_hal.ops import _indexer_logits as logits_op
 from glm5_hal.ops._common import checks
-from glm5_hal.ops._common.indexer import INDEX_ARGS, INDEX_SCALARS, index_constraints, logit_amplification
+from glm5_hal.ops._common.indexer import INDEX_ARGS, INDEX_SCALARS, index_constraints
 from glm5_hal.ops._common.precision import exact
 from glm5_hal.spec import FLOATS, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar, Selection
 

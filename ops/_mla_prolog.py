@@ -14,9 +14,11 @@ from torch import Tensor
 
 from glm5_hal.ops._common import checks, writes
 from glm5_hal.ops._common.attention import LATENT_CACHE, cache_constraints
+from glm5_hal.ops._common.draws import fine, weight
 from glm5_hal.ops._common.precision import linear, matmul
-from glm5_hal.ops._common.prolog import LAYOUT, ROPE_TABLES, WEIGHT_FORMAT, rotations, weight
+from glm5_hal.ops._common.prolog import LAYOUT, ROPE_TABLES, WEIGHT_FORMAT
 from glm5_hal.ops._common.references import loosest
+from glm5_hal.ops._rope import unit_tables
 from glm5_hal.spec import (
     FLOATS,
     Arg,
@@ -67,10 +69,10 @@ def mla_prolog(
     """
     (H, K, L), T, R = w_uk.shape, x.shape[0], 2 * cos.shape[-1]
     q_c = ops.rms_norm(linear(x, w_q_a), q_a_norm, eps=eps)
-    q_nope, q_rope = linear(q_c, w_q_b).view(T, H, K + R).split([K, R], -1)
+    q_nope, q_rope = linear(q_c, w_q_b).view(T, H, K + R).tensor_split([K], -1)
     absorbed = matmul(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
     q_pe = ops.rope(q_rope, cos, sin, layout=layout)
-    latent, k_rope = linear(x, w_kv_a).split([L, R], -1)
+    latent, k_rope = linear(x, w_kv_a).tensor_split([L], -1)
     kv_c = ops.rms_norm(latent, kv_a_norm, eps=eps)
     k_pe = ops.rope(k_rope, cos, sin, layout=layout)
     ops.mla_cache_write(kv_c, k_pe, kv_cache, slot_mapping, rope_cache, cache_format=cache_format)
@@ -107,11 +109,11 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     axes = sample.axes
     T, E, Q, H, K, L, R = (axes[a] for a in "TEQHKLR")
     fmt, norms = FORMATS[axes["format"]], axes.get("norms", dtype)
-    cos, sin = rotations(draw, T, R // 2)
+    cos, sin = unit_tables(draw, T, R // 2)
     # Tokens differ in size by powers of two, so that a norm taken from another token shows.
     size = axes.get("size", 1.0) * 2.0 ** draw.integers(-1, 2, T, 1)
     args = {
-        "x": draw.normal(T, E, dtype=dtype) * size.to(getattr(torch, dtype)),
+        "x": fine(draw, T, E, dtype=dtype) * size.to(getattr(torch, dtype)),
         "w_q_a": weight(draw, Q, E, dtype),
         "q_a_norm": draw.uniform(Q, dtype=norms, low=0.5, high=1.5),
         "w_q_b": weight(draw, H * (K + R), Q, dtype),
@@ -166,7 +168,7 @@ SPEC = OpSpec(
         Out("q_c", "T Q", "F", "the normed query latent"),
     ),
     mutates=("kv_cache", "rope_cache"),
-    dtypes={"F": FLOATS, "W": FLOATS, "C": (*FLOATS, "uint8")},
+    dtypes={"F": FLOATS, "W": FLOATS, "A": ("float32", "float64"), "C": (*FLOATS, "uint8")},
     constraints=cache_constraints("L", "2*I", "x"),
     rounding="each projection, the absorbed query, each norm and each rope accumulates in fp32 and is rounded to F; "
     "a kernel that keeps more of these in fp32 is closer to the truth; stored as mla_cache_write does",

@@ -82,7 +82,9 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
 
 
 def cost(axes: Mapping[str, Any]) -> Cost:
-    return Cost(flops=axes["T"] * axes["S"], bytes=axes["itemsize"] * axes["T"] * axes["S"] + 4 * axes["T"] * axes["top_k"])
+    return Cost(
+        flops=axes["T"] * axes["S"], bytes=axes["itemsize"] * axes["T"] * axes["S"] + 4 * axes["T"] * axes["top_k"]
+    )
 
 
 def _too_long(args: dict[str, Any]) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def test_generated_docs_are_not_stale() -> None:
 
 def test_every_option_and_command_of_the_command_line_has_help() -> None:
 
-
     import typer.main
+
     from glm5_hal.cli import app
 
     def walk(command: Any, path: str) -> None:

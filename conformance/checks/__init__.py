@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from glm5_hal.conformance.checks import accuracy, form, integrity, layout, plan, poison, rerun
+from glm5_hal.conformance.checks import accuracy, batch, form, fresh, integrity, layout, plan, poison, rerun
 from glm5_hal.conformance.trial import Finding, Trial
 
 CHECKS: Mapping[str, Callable[[Trial], Finding]] = {
@@ -12,7 +12,9 @@ CHECKS: Mapping[str, Callable[[Trial], Finding]] = {
     "accuracy": accuracy.check,
     "integrity": integrity.check,
     "rerun": rerun.check,
+    "fresh": fresh.check,
     "poison": poison.check,
     "layout": layout.check,
     "plan": plan.check,
+    "batch": batch.check,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,24 +30,28 @@ SEQUENTIAL = 2.0 * 2.0**-24
 
 
 def check(trial: Trial) -> Finding:
-    return judge(trial, trial.first)
+    finding, truth = judge(trial, trial.first), trial.expected.truth
+    nothing = compare.mistrusted(*truth.outs.values(), *truth.mutated.values())
+    return replace(finding, ok=False, detail=nothing, mistrusted=True) if finding.ok and nothing else finding
 
 
 def judge(trial: Trial, run: Run) -> Finding:
     """Judge a run's outputs and mutated arguments; the first failure is the finding, all numbers are kept."""
     errors: dict[str, float] = {}
     budget: dict[str, float] = {}
-    problem, mistrusted = "", False
+    problem, mistrusted = "", ""
     for name, rule in trial.spec.accuracy.items():
         if name in trial.spec.mutates and trial.inputs.args[name] is None:
             continue
         verdict = _judge_one(trial, run, name, rule)
         errors |= {f"{name}.{k}": v for k, v in verdict.errors.items()}
         budget |= {f"{name}.{k}": v for k, v in verdict.budget.items()}
-        mistrusted = mistrusted or verdict.mistrusted
-        if not verdict.ok and not problem:
-            problem = f"{name}: {verdict.detail}"
-    return Finding(not problem, problem, errors, budget, mistrusted)
+        said = f"{name}: {verdict.detail}"
+        if verdict.mistrusted:
+            mistrusted = mistrusted or said
+        elif not verdict.ok:
+            problem = problem or said
+    return Finding(not (problem or mistrusted), problem or mistrusted, errors, budget, bool(mistrusted and not problem))
 
 
 def _judge_one(trial: Trial, run: Run, name: str, rule: Accuracy) -> Judgement:
@@ -100,7 +105,9 @@ def _cache_contents(trial: Trial, run: Run, name: str, rule: CacheContents) -> J
 
 
 def _rows(fmt: str, tensors: Mapping[str, torch.Tensor], slots: torch.Tensor, args: Mapping[str, Any]) -> torch.Tensor:
-    latent, rope = caches.read_exact(FORMATS[fmt], tuple(tensors.values()), slots, caches.latent_dim(FORMATS[fmt], args))
+    latent, rope = caches.read_exact(
+        FORMATS[fmt], tuple(tensors.values()), slots, caches.latent_dim(FORMATS[fmt], args)
+    )
     return latent if rope is None else torch.cat([latent, rope], -1)
 
 

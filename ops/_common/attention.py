@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ def dense_amplification(args: Mapping[str, Any]) -> float:
     """`score_amplification` for sums over all keys: a sequential sum over that many values adds its own error."""
     ends = args["seq_lens"] if "seq_lens" in args else args["cu_seqlens_k"].diff()
     longest = int(ends.max()) if ends.numel() else 0
-    return score_amplification(args) + float(longest / args["q"].shape[-1]) ** 0.5
+    return score_amplification(args) + math.sqrt(longest / args["q"].shape[-1])
 
 
 def typical_score(args: Mapping[str, Any]) -> float:

@@ -6,6 +6,7 @@ Quantisation: e4m3 with one fp32 scale per group; the scale is the power of two 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ FLOOR = 1e-4
 
 
 def power_of_two_scale(amax: Tensor, floor: str) -> Tensor:
-    """The smallest power of two s with amax/s <= 448, fp32; ``floor`` says whether 1e-4 bounds "amax" or the "scale"."""
+    """The smallest power of two s with amax/s <= 448, fp32; ``floor``: whether 1e-4 bounds "amax" or the "scale"."""
     amax = amax.float()
     raw = (amax.clamp_min(FLOOR) / E4M3_MAX) if floor == "amax" else (amax / E4M3_MAX).clamp_min(FLOOR)
     mantissa, exponent = torch.frexp(raw)  # raw = mantissa * 2**exponent, mantissa in [0.5, 1): exact, unlike log2
@@ -34,7 +35,7 @@ def quantise(x: Tensor, fmt: CacheFormat) -> tuple[Tensor, Tensor]:
     A group that holds a NaN or an infinity reads back as NaN, all of it: codes 0x7F, scale 1. The damage then shows
     wherever the row is used, instead of turning into a plausible number.
     """
-    groups = x.float().unflatten(-1, (-1, fmt.group))
+    groups = grouped(x.float(), fmt.group)
     broken = ~groups.isfinite().all(-1)
     scale = power_of_two_scale(groups.abs().amax(-1).masked_fill(broken, 0.0), fmt.floor).masked_fill(broken, 1.0)
     codes = (groups / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
@@ -44,8 +45,13 @@ def quantise(x: Tensor, fmt: CacheFormat) -> tuple[Tensor, Tensor]:
 def dequantise(codes: Tensor, scale: Tensor, fmt: CacheFormat) -> Tensor:
     """e4m3 bytes and scales back to numbers: fp32, or float64 in an exact run."""
     values = codes.contiguous().view(torch.float8_e4m3fn).float()
-    groups = (values.double() if is_exact() else values).unflatten(-1, (-1, fmt.group))
+    groups = grouped(values.double() if is_exact() else values, fmt.group)
     return (groups * scale[..., None]).flatten(-2)
+
+
+def grouped(x: Tensor, group: int) -> Tensor:
+    """``[..., L]`` as ``[..., L/group, group]``."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
 
 
 def write(fmt: CacheFormat, caches: tuple[Tensor, ...], slots: Tensor, latent: Tensor, rope: Tensor | None) -> None:
@@ -149,4 +155,4 @@ def read_exact(
 def flip_floor(fmt: CacheFormat, width: int) -> float:
     """What a few e4m3 codes that round the other way cost a row: two implementations that differ in the last bit
     before quantising differ by one code (1/8 of the value at most) in a few elements."""
-    return 0.125 * (4.0 / width) ** 0.5 / 2
+    return 0.125 * math.sqrt(4.0 / width) / 2

@@ -55,10 +55,9 @@ def latents(sample: Sample, dtype: str, draw: Draw) -> Latents:
 def values(sample: Sample, dtype: str, draw: Draw, *shape: int) -> Tensor:
     """Values to average: integers where the fill is exact, none of them zero where one alone is the result (what the
     others leave of themselves in float64 would decide the sign of that zero)."""
-    if sample.fill != "exact":
-        return draw.normal(*shape, dtype=dtype)
-    small = draw.small(*shape, dtype=dtype)
-    return 2 * small + 1 if sample.axes.get("pointer") else small
+    exact = sample.fill == "exact"
+    x: Tensor = draw.small(*shape, dtype=dtype) if exact else draw.normal(*shape, dtype=dtype)
+    return 2 * x + 1 if sample.axes.get("pointer") else x
 
 
 def pointed_keys(lengths: list[int], width: int) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_hal.ops._common.caches import E4M3_NAN
+from glm5_hal.ops._common.caches import E4M3_NAN, grouped
+from glm5_hal.ops._common.draws import fine
 from glm5_hal.spec import Arg, BadInput, Draw
 from glm5_hal.state import CacheFormat
 
@@ -16,7 +17,7 @@ SLOTS = Arg("slot_mapping", "T", "int64", "flat slot of each token, block · pag
 
 def slots(draw: Draw, tokens: int, total: int, *, skipped: str = "some") -> Tensor:
     """Different slots in no order; -1 for "some" tokens (every fifth), "all" or "none"."""
-    chosen = draw.permutation(total)[:tokens]
+    chosen: Tensor = draw.permutation(total)[:tokens]
     chosen[{"some": slice(3, None, 5), "all": slice(None), "none": slice(0, 0)}[skipped]] = -1
     return chosen
 
@@ -34,11 +35,11 @@ def held(draw: Draw, fmt: CacheFormat, blocks: int, page: int, dims: tuple[int, 
 
 def rows(draw: Draw, tokens: int, width: int, dtype: str, *, group: int = 0) -> Tensor:
     """Numbers with more bits than bfloat16 keeps (where the dtype has them); groups differ in size by powers of two."""
-    fine = draw.normal(tokens, width) + draw.normal(tokens, width, scale=2.0**-9)
-    if group:
-        sizes = 2.0 ** draw.integers(-12, 10, tokens, width // group)
-        fine = (fine.unflatten(-1, (-1, group)) * sizes[..., None]).flatten(-2)
-    return fine.to(getattr(torch, dtype))
+    x = fine(draw, tokens, width, dtype=dtype)
+    if not group:
+        return x
+    sizes: Tensor = 2.0 ** draw.integers(-12, 10, tokens, width // group)
+    return (grouped(x, group) * sizes.to(x.dtype)[..., None]).flatten(-2)
 
 
 def quantiser_edges(width: int, group: int, dtype: str) -> Tensor:

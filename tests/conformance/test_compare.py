@@ -338,6 +338,10 @@ def test_empty_rows_are_exact() -> None:
     verdict = calibrated(x, y, b, unit=U)
     assert failed(verdict) == {"empty"}
     assert "at [2, 3]" in verdict.detail
+    floor = torch.zeros(5, dtype=torch.float64)
+    floor[2] = NAN  # 0/0, the relative floor of an empty row
+    assert calibrated(b, y, b, unit=U, floor=floor).ok
+    assert not calibrated(x, y, b, unit=U, floor=floor).ok
 
 
 def test_an_output_of_zeros() -> None:
@@ -347,14 +351,75 @@ def test_an_output_of_zeros() -> None:
 
 
 def test_a_row_that_cancels_excuses_no_other() -> None:
-    y, b = rounded(40, 32)
+    y, b = rounded(40, 128)
     y[0] *= 1e-4
     b = y.to(BF16)
     b[0] += 1e-3  # an error of the usual size, ten times the row itself
+    assert calibrated(b, y, b, unit=U).ok
     x = b.clone()
-    assert calibrated(x, y, b, unit=U).ok
     x[9] = 0.0
     assert "row" in failed(calibrated(x, y, b, unit=U))
+    x = b.clone()
+    x[9, 5] += 0.5
+    assert "element" in failed(calibrated(x, y, b, unit=U))
+    x = (y + 1.2 * U * rounded(40, 128, seed=1)[0]).to(BF16)
+    x[0] = b[0]
+    assert failed(calibrated(x, y, b, unit=U)) >= {"mean"}
+
+
+def test_a_large_row_excuses_no_small_one() -> None:
+    y = rounded(40, 32)[0]
+    y[0] *= 1e4
+    x = y.to(BF16)
+    assert calibrated(x, y, x, unit=U).ok
+    b = x.clone()
+    x[9] = 0.0
+    assert failed(calibrated(x, y, b, unit=U)) >= {"row"}
+
+
+def test_one_rounding_shared_by_a_row_is_honest() -> None:
+    y = rounded(1, 2048)[0]
+    assert calibrated((y * (1 + 0.9 * U)).to(BF16), y, y.float(), unit=U).ok
+    assert not calibrated((y * 1.01).to(BF16), y, y.float(), unit=U).ok
+
+
+def test_the_floor_covers_whatever_has_its_size() -> None:
+    y = rounded(64, 512)[0] + 0.5
+    floor = 0.01
+    rms = y.square().mean().sqrt()
+    for x in (y * (1 + 0.9 * floor), y + 0.9 * floor * rms * rounded(64, 512, seed=1)[0], y + 0.9 * floor * rms):
+        verdict = calibrated(x.float(), y, y.float(), unit=U32, floor=floor)
+        assert verdict.ok, verdict.detail
+    assert not calibrated((y * (1 + 1.5 * floor)).float(), y, y.float(), unit=U32, floor=floor).ok
+    x = y.float()
+    x[30, 41] += 0.2
+    assert failed(calibrated(x, y, y.float(), unit=U32, floor=floor)) == {"element"}
+
+
+def test_an_element_two_spacings_off_is_seen() -> None:
+    y = torch.ones(64, 64, dtype=torch.float64)
+    x = y.to(BF16)
+    x[:, ::2] = -1.0
+    y[:, ::2] = -1.0
+    b = x.clone()
+    x[30, 41] = 1 + 2.0**-6
+    assert failed(calibrated(x, y, b, unit=U)) == {"element"}
+
+
+def test_an_element_beyond_the_emulations_noise_is_seen() -> None:
+    y = rounded(64, 128)[0]
+    noise = U * rounded(64, 128, seed=1)[0]
+    b = (y + noise).to(BF16)
+    x = (y + noise.flip(0)).to(BF16)
+    assert calibrated(x, y, b, unit=U).ok
+    x[30, 41] += 0.2
+    assert "element" in failed(calibrated(x, y, b, unit=U))
+
+
+def test_the_slopes_budget_is_that_of_chance() -> None:
+    y = torch.ones(64, 1, dtype=torch.float64)
+    verdict = calibrated(y.to(BF16), y, y.float(), unit=U)
+    assert verdict.budget["slope"] == verdict.budget["bias"] == pytest.approx(4 * U / 8)
 
 
 def test_each_row_has_its_own_floor() -> None:
@@ -374,8 +439,10 @@ def test_an_exact_emulation_leaves_room_for_rounding() -> None:
 
 
 def test_values_that_are_all_but_constant_are_no_trap() -> None:
-    y = 1.0 + 1e-3 * rounded(4, 100)[0]
-    assert calibrated(y.to(BF16), y, y.float(), unit=U).ok
+    for spread in (0.0, 1e-6, 1e-3):
+        y = 1.002 + spread * rounded(64, 100)[0]
+        verdict = calibrated(y.to(BF16), y, y.float(), unit=U)
+        assert verdict.ok, verdict.detail
 
 
 def test_subnormals_may_be_flushed_where_the_exponent_is_wide() -> None:
@@ -384,14 +451,17 @@ def test_subnormals_may_be_flushed_where_the_exponent_is_wide() -> None:
     x = y.float()
     x[0] = 0.0
     assert calibrated(x, y, y.float(), unit=U32).ok
+    small = torch.full((1, 4), 1e-20, dtype=torch.float64)
+    assert not calibrated(torch.zeros(1, 4), small, small.float(), unit=U32).ok
     half = torch.full((1, 4), 2.0**-20, dtype=torch.float64)
-    assert not calibrated(torch.zeros(1, 4, dtype=torch.float16), half, half.half(), unit=2.0**-11).ok
+    assert "row" in failed(calibrated(torch.zeros(1, 4, dtype=torch.float16), half, half.half(), unit=2.0**-11))
 
 
 def test_a_result_in_another_dtype_is_not_measured_with_that_dtypes_budget() -> None:
     y, x = rounded(4, 8)
     assert "dtype" in calibrated(x, y, y.float(), unit=U32).detail
     assert "dtype" in calibrated(y.float(), y, x, unit=U).detail
+    y, x = rounded(64, 512)
     assert calibrated(x, y, y.float(), unit=U).ok, "the emulation may be a wider carrier"
 
 
@@ -406,7 +476,13 @@ def test_a_broken_emulation_or_floor_is_mistrusted() -> None:
     y, x = rounded(4, 8)
     broken = x.clone()
     broken[0, 0] = NAN
-    for verdict in (calibrated(x, y, broken, unit=U), calibrated(x, y, x, unit=U, floor=NAN)):
+    useless = (y + 100).to(BF16)
+    for verdict in (
+        calibrated(x, y, broken, unit=U),
+        calibrated(x, y, x, unit=U, floor=NAN),
+        calibrated(x, y, useless, unit=U),
+        calibrated(x, y, x, unit=U, floor=1.0),
+    ):
         assert verdict.mistrusted
         assert not verdict.ok
 
@@ -466,6 +542,8 @@ def test_lse_in_scalar_loops_is_honest(keys: int) -> None:
 def test_an_lse_of_zero_has_a_budget() -> None:
     y = torch.zeros(3, dtype=torch.float64)
     assert absolute(torch.tensor([0.0, 1e-7, -1e-7]), y, y.float(), unit=U32).ok
+    assert not absolute(torch.tensor([0.0, 1e-7, -1e-5]), y, y.float(), unit=U32).ok
+    assert absolute(torch.tensor([0.0, 1e-7, -1e-5]), y, torch.tensor([3e-6, 0.0, 0.0]), unit=U32).ok
 
 
 @pytest.mark.parametrize("got", [INF, NAN, 0.0, -(2.0**100)])
@@ -564,6 +642,7 @@ def test_within_tau_of_the_kth_the_choice_is_free() -> None:
     assert not pick([3, 2], scores, tau=0.05).ok
     assert failed(pick([3, 2], scores, tau=0.05)) == {"chosen below the k-th"}
     assert failed(pick([1, 2], scores, tau=0.2)) == {"unchosen above the k-th"}
+    assert pick([1, 2], scores, tau=1.2).ok
     assert pick([3, 2], scores, tau=0.1001).ok
 
 

@@ -1,0 +1,215 @@
+"""Attention, tile by tile: memory does not grow with the number of keys.
+
+Legend: T tokens, H heads, W = L+R absorbed width (latent, rope), D head dim, n keys of a tile, K indices per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from glm5_hal.backend import kernel
+from glm5_hal.backends._torch.caches import HOST_MEMORY, Tiles, accumulation
+from glm5_hal.ops._common.paging import requests
+from glm5_hal.state import FORMATS, host_list
+
+#: Keys per tile in the absorbed form: 1024 rows of 576 numbers in fp32 are 2.4 MB.
+KEYS = 1024
+#: Tokens of one request that share a tile. Each has its own products, so that its bits do not depend on the others.
+TOKENS = 16
+#: Tile of the form with full heads.
+PREFILL_QUERIES = 128
+PREFILL_KEYS = 512
+PREFILL_HEADS = 8
+
+
+class Softmax:
+    """Sums of values weighted by the softmax of scores, over keys that come tile by tile (online softmax)."""
+
+    def __init__(self) -> None:
+        self._tiles = 0
+        self._peak = self._total = self._sum = torch.empty(0)
+
+    def add(self, scores: Tensor, values: Tensor) -> None:
+        """``scores [..., m, n]``, which are used up, of n keys with ``values [..., n, D]``."""
+        peak = scores.amax(-1, keepdim=True)
+        if self._tiles:
+            peak = torch.maximum(peak, self._peak)
+        base = _finite(peak)
+        weights = scores.sub_(base).exp_()
+        total, sums = weights.sum(-1, keepdim=True), weights @ values
+        if self._tiles:
+            shrink = (self._peak - base).exp_()
+            total, sums = total.addcmul_(self._total, shrink), sums.addcmul_(self._sum, shrink)
+        self._peak, self._total, self._sum = peak, total, sums
+        self._tiles += 1
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The weighted means ``[..., m, D]`` and the natural-log lse ``[..., m]``."""
+        return self._sum / self._total, (self._total.log() + _finite(self._peak)).squeeze(-1)
+
+
+def _finite(peak: Tensor) -> Tensor:
+    """What to subtract before exp: inf − inf would be NaN."""
+    return peak.masked_fill(peak.isinf(), 0.0)
+
+
+@kernel("mla_prefill", "torch", provides=("deterministic",))
+def mla_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    T, H, _ = q.shape
+    out = q.new_zeros(T, H, v.shape[-1])
+    lse = q.new_full((T, H), -torch.inf, dtype=accumulation(q))
+    spans = zip(pairwise(host_list(cu_seqlens_q)), pairwise(host_list(cu_seqlens_k)), strict=True)
+    for (start, stop), (low, high) in spans:
+        ahead = (high - low) - (stop - start)  # keys that come before the first query's own
+        seeing = start if high > low else stop
+        if causal:
+            seeing = max(seeing, start - ahead)
+        for first in range(seeing, stop, PREFILL_QUERIES):
+            rows = slice(first, min(first + PREFILL_QUERIES, stop))
+            limits = range(rows.start - start + ahead + 1, rows.stop - start + ahead + 1) if causal else None
+            for head in range(0, H, PREFILL_HEADS):
+                heads = slice(head, head + PREFILL_HEADS)
+                found = _prefill_tile(q[rows, heads], k[low:high, heads], v[low:high, heads], limits, scale)
+                out[rows, heads] = found[0].transpose(0, 1)
+                lse[rows, heads] = found[1].T
+    return out, lse
+
+
+def _prefill_tile(
+    q: Tensor, k: Tensor, v: Tensor, limits: range | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Queries [m, H, D] over keys [n, H, D], of which query i sees the first ``limits[i]`` (None: all); at least one."""
+    dtype = accumulation(q)
+    q_HmD = q.transpose(0, 1).to(dtype) * scale
+    state, end = Softmax(), len(k) if limits is None else limits[-1]
+    for start in range(0, end, PREFILL_KEYS):
+        stop = min(start + PREFILL_KEYS, end)
+        k_HnD, v_HnD = (x[start:stop].transpose(0, 1).to(dtype) for x in (k, v))
+        scores = q_HmD @ k_HnD.transpose(1, 2)
+        if limits is not None and stop > limits[0]:
+            positions = torch.arange(start, stop, device=q.device)
+            seen = torch.arange(limits.start, limits.stop, device=q.device)
+            scores.masked_fill_(positions >= seen[:, None], -torch.inf)
+        state.add(scores, v_HnD)
+    return state.result()
+
+
+@kernel("mla_decode", "torch", provides=("deterministic", "batch_invariant"))
+def mla_decode(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    rope_cache: Tensor | None = None,
+    *,
+    scale: float,
+    kv_lora_rank: int,
+    cache_format: str = "latent_576",
+) -> tuple[Tensor, Tensor]:
+    out, lse = _no_keys(q, kv_lora_rank)
+    work = [(r, tokens, n) for r, tokens, n in requests(cu_seqlens_q, seq_lens) if n and tokens.stop > tokens.start]
+    tiles = _tiles(q, kv_cache, rope_cache, kv_lora_rank, cache_format, max((n for *_, n in work), default=0))
+    for r, tokens, length in work:
+        pages = block_table[r]
+        blind = max(tokens.stop - tokens.start - length, 0)  # the first tokens, which see no key
+        for first in range(tokens.start + blind, tokens.stop, TOKENS):
+            block = range(first, min(first + TOKENS, tokens.stop))
+            limits = [length - tokens.stop + t + 1 for t in block]
+            queries, states = [_query(q[t], scale) for t in block], [Softmax() for _ in block]
+            for start in range(0, limits[-1], KEYS):
+                positions = torch.arange(start, min(start + KEYS, limits[-1]), device=q.device)
+                keys = tiles.read(pages, positions)
+                for query, state, limit in zip(queries, states, limits, strict=True):
+                    if limit > start:
+                        _attend(state, query, keys[: limit - start], kv_lora_rank)
+            for t, state in zip(block, states, strict=True):
+                out[t], lse[t] = state.result()
+    return out, lse
+
+
+@kernel("sparse_mla", "torch", provides=("deterministic", "batch_invariant"))
+def sparse_mla(
+    q: Tensor,
+    kv_cache: Tensor,
+    indices: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    rope_cache: Tensor | None = None,
+    *,
+    scale: float,
+    kv_lora_rank: int,
+    cache_format: str = "latent_576",
+) -> tuple[Tensor, Tensor]:
+    out, lse = _no_keys(q, kv_lora_rank)
+    tiles = _tiles(q, kv_cache, rope_cache, kv_lora_rank, cache_format, indices.shape[1])
+    for r, tokens, length in requests(cu_seqlens_q, seq_lens):
+        if length == 0:
+            continue
+        pages = block_table[r]
+        for t in range(tokens.start, tokens.stop):
+            chosen, valid = _chosen(indices[t])
+            if len(chosen) == 0:
+                continue
+            state, query = Softmax(), _query(q[t], scale)
+            for start in range(0, len(chosen), KEYS):
+                some = slice(start, start + KEYS)
+                _attend(state, query, tiles.read(pages, chosen[some]), kv_lora_rank, None if valid is None else valid[some])
+            found = state.result()
+            if valid is not None:
+                found = (torch.where(valid.any(), found[0], 0.0), torch.where(valid.any(), found[1], -torch.inf))
+            out[t], lse[t] = found
+    return out, lse
+
+
+def _chosen(indices: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The positions to read of one token, and which of them count (None: all).
+
+    Where counting the valid ones would make the host wait, all K are read: the first valid one stands in for every
+    -1, and position 0 where there is none, of a request that has keys.
+    """
+    valid = indices >= 0
+    if indices.device.type in HOST_MEMORY or indices.numel() == 0:
+        return indices[valid], None
+    first = indices.index_select(0, valid.int().argmax(keepdim=True)).clamp_min(0)
+    return torch.where(valid, indices, first), valid
+
+
+def _no_keys(q: Tensor, latent: int) -> tuple[Tensor, Tensor]:
+    """What tokens get that see no key."""
+    T, H, _ = q.shape
+    return q.new_zeros(T, H, latent), q.new_full((T, H), -torch.inf, dtype=accumulation(q))
+
+
+def _tiles(
+    q: Tensor, kv_cache: Tensor, rope_cache: Tensor | None, latent: int, cache_format: str, keys: int
+) -> Tiles:
+    held = (kv_cache,) if rope_cache is None else (kv_cache, rope_cache)
+    rope = q.shape[-1] - latent
+    return Tiles(FORMATS[cache_format], held, latent, rope, accumulation(q), min(keys, KEYS))
+
+
+def _query(q: Tensor, scale: float) -> Tensor:
+    """One token's queries [H, W], scaled, in memory of their own: bits must not depend on where the batch has them."""
+    return q.to(accumulation(q)) * scale
+
+
+def _attend(state: Softmax, query: Tensor, keys: Tensor, latent: int, valid: Tensor | None = None) -> None:
+    scores = query @ keys.T
+    if valid is not None:
+        scores.masked_fill_(~valid, -torch.inf)
+    state.add(scores, keys[:, :latent])

@@ -1,0 +1,94 @@
+"""Every job of this repository, in an environment that it makes itself.
+
+    python3 ci/run.py conformance    the conformance suite on the built-in CPU backend, smoke level
+    python3 ci/run.py lint           ruff and mypy
+    python3 ci/run.py test           lint, docs freshness and all tests: what CI runs
+
+The environment is .venv in the repository. It is made on first use and brought up to date when the project's
+requirements change. Python 3.10 or newer is all that is needed.
+"""
+
+import argparse
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+if sys.version_info < (3, 10):  # noqa: UP036 - this file is what an older Python is told by
+    sys.exit("error: Python 3.10 or newer is needed, this is {}.{}".format(*sys.version_info))
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+PYTHON = str(BIN / "python")
+
+SUITE = "conformance run --backend cpu --level smoke --out conformance-out"
+LINT = [
+    [PYTHON, "-m", "ruff", "check", "."],
+    [PYTHON, "-m", "ruff", "format", "--check", "."],
+    [PYTHON, "ci/typecheck.py"],
+]
+JOBS = {
+    "conformance": [[str(BIN / "glm5-hal"), *SUITE.split()]],
+    "lint": LINT,
+    # pytest comes last: its closing line is the run's.
+    "test": [*LINT, [PYTHON, "ci/docs.py", "--check"], [PYTHON, "-m", "pytest"]],
+}
+
+#: What the environment follows from, beside this repository's place.
+REQUIREMENTS = ("pyproject.toml", "setup.py", "ci/constraints.txt")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=JOBS)
+    job = JOBS[parser.parse_args().job]
+    prepare()
+    codes = {shown(command): run(command) for command in job}
+    failed = {command: code for command, code in codes.items() if code}
+    if len(job) > 1:
+        print("".join(f"failed: {command}\n" for command in failed), end="", flush=True)
+    return next(iter(failed.values()), 0)
+
+
+def prepare() -> None:
+    """Make .venv, or bring it up to date. What was interrupted is taken up again by the next run."""
+    wanted = hashlib.sha256(str(ROOT).encode() + b"".join((ROOT / name).read_bytes() for name in REQUIREMENTS))
+    stamp = VENV / "glm5-hal.sha256"
+    if works() and stamp.exists() and stamp.read_text() == wanted.hexdigest():
+        return
+    make = [sys.executable, "-m", "venv", str(VENV)]
+    if not works() and (run(make) or not works()):
+        fail("no virtual environment: apt install python3-venv, or remove a .venv that is broken", make)
+    install = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
+    install += ["-c", "ci/constraints.txt", "-e", ".[test]"]
+    if run(install):
+        fail("the requirements could not be installed", install)
+    stamp.write_text(wanted.hexdigest())
+
+
+def works() -> bool:
+    """Whether .venv has a Python that runs and has pip."""
+    try:
+        return not subprocess.run([PYTHON, "-c", "import pip"], capture_output=True).returncode
+    except OSError:
+        return False
+
+
+def run(command: list[str]) -> int:
+    print(f"$ {shown(command)}", flush=True)
+    return subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode
+
+
+def fail(what: str, command: list[str]) -> None:
+    sys.exit(f"error: {what}\n  retry: cd {shlex.quote(str(ROOT))} && {shown(command)}")
+
+
+def shown(command: list[str]) -> str:
+    return shlex.join(part.removeprefix(f"{ROOT}{os.sep}") for part in command)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

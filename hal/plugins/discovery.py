@@ -1,0 +1,111 @@
+"""Which plugins there are, which of them may not be used beside each other, and in which order they come."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
+
+from glm5_hal import hookspecs
+from glm5_hal.plugins.isolation import told
+from glm5_hal.plugins.loading import LOAD_DEADLINE, load
+from glm5_hal.plugins.record import DISTRIBUTION, Defect, PluginRecord
+
+
+def discover(
+    entry_points: Iterable[metadata.EntryPoint] | None = None, *, deadline: float = LOAD_DEADLINE
+) -> tuple[PluginRecord, ...]:
+    """Load every backend plugin: built-in ones by name, then outside ones by priority (higher first) and name.
+
+    Args:
+        entry_points: what to load instead of what is installed.
+        deadline: seconds that each outside plugin has. They are loaded in a thread, which a plugin that hangs keeps.
+    """
+    found = _installed() if entry_points is None else (_unloaded(point, point.dist) for point in entry_points)
+    once = {(_canonical(record.dist), record.name, record.value): record for record in found}
+    loaded = [load(record, None if record.builtin else deadline) for record in once.values()]
+    return tuple(sorted(_without_clashes(loaded), key=_order))
+
+
+def _installed() -> Iterator[PluginRecord]:
+    """The entry points of our group, from one version of each distribution: the one that an import would see."""
+    seen: set[str] = set()
+    for dist in metadata.distributions():
+        try:
+            if hookspecs.GROUP not in (dist.read_text("entry_points.txt") or ""):
+                continue
+        except (OSError, ValueError):
+            continue  # it cannot be read, so nothing says that it is ours
+        name, version = _identity(dist)
+        if name and _canonical(name) in seen:
+            continue
+        seen.add(_canonical(name))
+        live = _live(dist, name) if name else dist
+        try:
+            points = [point for point in live.entry_points if point.group == hookspecs.GROUP]
+        except Exception as problem:  # noqa: BLE001 - any parser's error, in any Python
+            reason = f"entry_points.txt cannot be read: {told(problem)[0]}"
+            record = PluginRecord(name or "unknown", "", name, version, builtin=_canonical(name) == DISTRIBUTION)
+            yield record.failed(Defect("METADATA", reason, record.remedy))
+            continue
+        yield from (_unloaded(point, live) for point in points)
+
+
+def _live(dist: metadata.Distribution, name: str) -> metadata.Distribution:
+    """A folder may hold stale metadata of older versions: of those in the first folder the newest counts."""
+    from packaging.version import InvalidVersion, Version
+
+    def age(each: metadata.Distribution) -> tuple[bool, Version]:
+        try:
+            return True, Version(_identity(each)[1])
+        except InvalidVersion:
+            return False, Version("0")
+
+    home = str(dist.locate_file(""))
+    same = [each for each in metadata.distributions(name=name) if str(each.locate_file("")) == home]
+    return max(same, key=age, default=dist)
+
+
+def _identity(dist: metadata.Distribution) -> tuple[str, str]:
+    try:
+        return dist.metadata["Name"] or "", dist.metadata["Version"] or ""
+    except Exception:  # noqa: BLE001 - metadata that cannot be read must not hide the other plugins
+        return "", ""
+
+
+def _unloaded(point: metadata.EntryPoint, dist: metadata.Distribution | None) -> PluginRecord:
+    name, version = ("", "") if dist is None else _identity(dist)
+    return PluginRecord(point.name, point.value, name, version, builtin=_canonical(name) == DISTRIBUTION)
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _without_clashes(records: Sequence[PluginRecord]) -> Iterator[PluginRecord]:
+    """Refuse an outside plugin that takes a built-in's name, and every one of two that offer the same name.
+
+    A plugin that is broken anyway clashes with nothing: it must not take a working one down with it.
+    """
+    builtin = {record.name: record for record in records if record.builtin}
+    for record in records:
+        rivals = [r for r in records if r.name == record.name and r.status == "ok" and not r.builtin]
+        if record not in rivals:
+            yield record
+        elif record.name in builtin:
+            owner = builtin[record.name].origin
+            reason = f"{record.name!r} is a built-in backend of {owner}, and {record.origin} offers it too"
+            fix = f"give the outside one a name of its own, or take it out: pip uninstall {record.dist}"
+            yield record.failed(Defect("BUILTIN_NAME", reason, fix, "refused"))
+        elif len(rivals) > 1:
+            who = " and ".join(sorted(f"{r.origin} ({r.value})" for r in rivals))
+            fix = "uninstall one of them: " + " or ".join(sorted({f"pip uninstall {r.dist}" for r in rivals}))
+            reason = f"backend {record.name!r} is offered by {who}; neither is used"
+            yield record.failed(Defect("DUPLICATE", reason, fix, "refused"))
+        else:
+            yield record
+
+
+def _order(record: PluginRecord) -> tuple[bool, int, str, str, str]:
+    priority = 0 if record.builtin or record.backend is None else record.backend.priority
+    return not record.builtin, -priority, record.name, record.dist, record.value

@@ -1,0 +1,88 @@
+"""What is known of one plugin, and the codes of all that can be wrong with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from glm5_hal.backend import Backend
+
+DISTRIBUTION = "glm5-hal"
+
+#: Every code that a PluginRecord may carry; an `ok` record carries none.
+CODES: dict[str, str] = {
+    "METADATA": "the distribution's entry points cannot be read",
+    "ENTRY_POINT": "the entry point names a module or an object that is not there",
+    "IMPORT": "the module raised while it was imported",
+    "TIMEOUT": "the module or its hook did not come back in time",
+    "HOOK_MISSING": "the module implements no glm5_backend hook",
+    "HOOK_SPEC": "the hook does not fit its specification",
+    "HOOK_RAISED": "the hook raised",
+    "HOOK_RESULT": "the hook returned something else than one Backend",
+    "NAME": "the backend's name is not the entry point's name",
+    "FIELD": "a field of the Backend has the wrong type",
+    "HAL_API": "the plugin was written for a contract version that this core does not speak",
+    "REQUIRES": "a requirement on a distribution cannot be read",
+    "DUPLICATE": "two distributions offer a backend of this name",
+    "BUILTIN_NAME": "the name belongs to a built-in backend",
+}
+
+
+@dataclass(frozen=True)
+class PluginRecord:
+    """One entry point, and what became of it.
+
+    Attributes:
+        name: the entry point's name, which is the backend's.
+        value: the entry point's "module" or "module:attribute".
+        dist, version: the distribution that it comes from.
+        builtin: it comes with glm5-hal itself.
+        status: "ok", "broken" (it cannot be used by anyone) or "refused" (it works, but not with this core or beside
+            these plugins).
+        code, reason, fix: why it is not ok, one of :data:`CODES` first, and what to do; empty where it is.
+        backend: the plugin object, exactly where the status is ok.
+        seconds: how long it took to load.
+        output: what it printed while it loaded.
+    """
+
+    name: str
+    value: str
+    dist: str
+    version: str
+    builtin: bool
+    status: str = "ok"
+    code: str = ""
+    reason: str = ""
+    fix: str = ""
+    backend: Backend | None = None
+    seconds: float = 0.0
+    output: str = ""
+
+    @property
+    def origin(self) -> str:
+        return f"{self.dist or 'an unknown distribution'} {self.version}".strip()
+
+    @property
+    def root(self) -> str:
+        """The module or package whose frames are the plugin's own."""
+        module = self.value.partition(":")[0].strip()
+        return module if self.builtin else module.partition(".")[0]
+
+    @property
+    def remedy(self) -> str:
+        """The fix where nothing better is known."""
+        if self.builtin:
+            return f"pip install --force-reinstall {DISTRIBUTION}"
+        if not self.dist:
+            return f"reinstall what offers the entry point {self.name} = {self.value!r}"
+        return f"pip install -U '{self.dist}', or take it out: pip uninstall {self.dist}"
+
+    def failed(self, defect: Defect) -> PluginRecord:
+        return replace(self, status=defect.status, code=defect.code, reason=defect.reason, fix=defect.fix, backend=None)
+
+
+class Defect(Exception):  # noqa: N818 - it is on its way into a record, and never leaves this package
+    """Why a plugin is not used; the arguments are a record's fields."""
+
+    def __init__(self, code: str, reason: str, fix: str, status: str = "broken") -> None:
+        super().__init__(reason)
+        self.code, self.reason, self.fix, self.status = code, reason, fix, status

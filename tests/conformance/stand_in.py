@@ -1,0 +1,116 @@
+"""A backend whose kernels are plain functions, and the suite's judgement of them.
+
+The device says "simulated", so no result of it can pass for evidence about hardware.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from glm5_hal import context
+from glm5_hal.backend import Backend, Device, Kernel, Unavailable
+from glm5_hal.capability import Requirement
+from glm5_hal.catalogue import Catalogue
+from glm5_hal.conformance import runner
+from glm5_hal.conformance.cases import Case, cases
+from glm5_hal.conformance.results import Result
+from glm5_hal.conformance.runner import Subject
+from glm5_hal.errors import HalError
+from glm5_hal.plugins import PluginRecord
+
+NAME = "standin"
+EVERY = frozenset({"deterministic", "canonical_ties", "sorted_indices"})
+
+
+@dataclass(frozen=True)
+class Made:
+    """A kernel to be judged: the function, what it claims, what it asks for."""
+
+    op: str
+    fn: Callable[..., Any]
+    provides: frozenset[str] = frozenset()
+    requires: tuple[Requirement, ...] = ()
+    provider: str = "native"
+
+
+def probe() -> Device:
+    return Device("cpu", "stand-in", "stand-in", evidence="simulated")
+
+
+@contextmanager
+def installed(*kernels: Made, probe: Callable[[], Device | Unavailable] = probe) -> Iterator[Catalogue]:
+    """The stand-in as the only backend, with these kernels; then everything as it was."""
+    built = tuple(Kernel(k.op, k.provider, k.fn, k.requires, k.provides) for k in kernels)
+    backend = Backend(NAME, "cpu", probe, lambda: built)
+    record = PluginRecord(
+        name=NAME, value="stand_in", dist="stand-in", version="0", builtin=False, status="ok", backend=backend
+    )
+    context.reset()
+    context._process.catalogue = Catalogue((record,))
+    try:
+        yield context._process.catalogue
+    finally:
+        context.reset()
+
+
+def judge(
+    op: str,
+    fn: Callable[..., Any],
+    *,
+    provides: Iterable[str] = ("deterministic",),
+    requires: Sequence[Requirement] = (),
+    seeds: Iterable[int] = (0,),
+    level: str = "smoke",
+    dtypes: Sequence[str] = ("*",),
+    samples: Sequence[str] = ("*",),
+    errors: bool = False,
+    parts: Mapping[str, Callable[..., Any]] | None = None,
+) -> list[Result]:
+    """What the suite says of one kernel, case by case.
+
+    ``dtypes`` and ``samples`` are globs; ``errors`` adds the bad inputs; ``parts`` are kernels of other ops, for a
+    composite that is judged by its default.
+    """
+    made = [Made(op, fn, frozenset(provides), tuple(requires))] if fn is not None else []
+    made += [Made(name, part, frozenset(provides)) for name, part in (parts or {}).items()]
+    chosen = [c for c in _cases(op, level) if _wanted(c, dtypes, samples, errors)]
+    with installed(*made):
+        (target,) = runner.targets(NAME)
+        return [runner.run_case(_subject(case, seed), case, target, seed) for seed in seeds for case in chosen]
+
+
+def failed(results: Iterable[Result]) -> list[Result]:
+    return [r for r in results if not r.ok]
+
+
+def killers(results: Iterable[Result]) -> set[str]:
+    """The checks that failed a kernel."""
+    return {r.code for r in failed(results)}
+
+
+def _wanted(case: Case, dtypes: Sequence[str], samples: Sequence[str], errors: bool) -> bool:
+    if case.bad is not None:
+        return errors
+    named = any(fnmatch.fnmatch(case.sample.id, s) for s in samples)
+    return named and any(fnmatch.fnmatch(case.dtype, d) for d in dtypes)
+
+
+@lru_cache(maxsize=None)
+def _cases(op: str, level: str) -> tuple[Case, ...]:
+    return tuple(cases(level, (op,)))
+
+
+_SUBJECTS: dict[tuple[str, int], Subject | HalError] = {}
+
+
+def _subject(case: Case, seed: int) -> Subject | HalError:
+    """Oracles are dear, and the same for every kernel."""
+    key = case.id, seed
+    if key not in _SUBJECTS:
+        _SUBJECTS[key] = runner._prepared(case, seed)
+    return _SUBJECTS[key]
