@@ -36,7 +36,8 @@ def run(
 ) -> None:
     """Run the cases and write OUT/results.jsonl and OUT/junit.xml.
 
-    Exit codes: 0 all passed (UNSUPPORTED is not a failure, but something must pass), 1 a case failed, 2 usage, 3 the device is not available.
+    Exit codes: 0 all passed (UNSUPPORTED is not a failure, but something must pass), 1 a case failed, 2 usage, 3 the
+    device is not available.
     """
     from glm5_hal.conformance import cases as all_cases
     from glm5_hal.conformance import runner
@@ -55,7 +56,8 @@ def _run(chosen: list[Case], judged: list[Target], seed: int, out: Path, *, show
 
     results = []
     try:
-        with report.sink(out) as lines, report.progress(len(chosen) * len(judged), show and sys.stderr.isatty()) as bar:
+        total, visible = len(chosen) * len(judged), show and sys.stderr.isatty()
+        with report.sink(out) as lines, report.progress(total, visible) as bar, report.kernels_print_to_stderr():
             for result in runner.run(chosen, judged, seed):
                 lines.write(result.as_json() + "\n")
                 lines.flush()

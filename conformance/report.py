@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 from xml.etree import ElementTree
@@ -19,12 +22,30 @@ if TYPE_CHECKING:
 @contextmanager
 def sink(folder: Path) -> Iterator[TextIO]:
     """``folder/results.jsonl``, begun afresh. Results go to a temporary name that is renamed at the end of the run, so
-    an interrupted run never passes for a whole one."""
+    an interrupted run never passes for a whole one, nor an earlier run for this one."""
     folder.mkdir(parents=True, exist_ok=True)
+    for earlier in ("results.jsonl", "junit.xml"):
+        (folder / earlier).unlink(missing_ok=True)
     partial = folder / "results.partial.jsonl"
     with partial.open("w", encoding="utf-8") as out:
         yield out
     partial.replace(folder / "results.jsonl")
+
+
+@contextmanager
+def kernels_print_to_stderr() -> Iterator[None]:
+    """What kernels and their SDKs print, from C too, goes to stderr: stdout holds the report, which programs read."""
+    sys.stdout.flush()
+    with redirect_stdout(sys.stderr):
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            with suppress(OSError, AttributeError):  # a C library whose buffers cannot be reached this way
+                ctypes.CDLL(None).fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def write_junit(results: Sequence[Result], path: Path) -> None:

@@ -43,8 +43,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Subject:
-    """A case with its inputs and expectations, shared by every kernel that is judged on it. ``other`` is another draw of
-    the same shapes, if there is one."""
+    """A case with its inputs and expectations, shared by every kernel that is judged on it.
+
+    ``other`` is another draw of the same shapes, where there is one.
+    """
 
     case: Case
     inputs: Inputs
@@ -69,6 +71,8 @@ def targets(backend: str, device: str | None = None) -> list[Target]:
     if isinstance(facts, Unavailable):
         raise HalError("UNAVAILABLE", f"backend {name}: {facts.reason}", value=name, fix=facts.fix)
     found = [p for p in catalogue.providers(name) or () if p != "composite"]
+    if not found:
+        raise HalError("NO_KERNEL", f"backend {name} has no kernel of its own", value=name, fix="return some in kernels()")
     if provider and provider not in found:
         raise HalError(
             "UNKNOWN", f"backend {name} has no provider {provider!r}", value=provider, fix=suggest(provider, found)

@@ -89,7 +89,7 @@ ACCEPTED = Accepted()
 
 @runtime_checkable
 class Requirement(Protocol):
-    """``reads`` names what the answer depends on: ("q", "dtype"), ("q", "shape"), ("q", "strides"), ("top_k", "value")."""
+    """``reads`` names what the answer depends on: ("q", "dtype"), ("q", "shape"), ("q", "strides"), ("k", "value")."""
 
     @property
     def reads(self) -> frozenset[tuple[str, str]]: ...

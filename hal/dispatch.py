@@ -270,8 +270,8 @@ def _no_kernel(op: str, trace: Sequence[Step]) -> HalError:
 
 
 def _compiled(op: Op, strided: frozenset[str]) -> tuple[Callable[..., Any], ...]:
-    """For one op, written out for its own parameters: `__call__`, the same for torch's dispatcher, the key of a call, and
-    the policy and scalars of a call.
+    """For one op, written out for its own parameters: `__call__`, the same for torch's dispatcher, the key of a call,
+    and the policy and scalars of a call.
 
     Generated source, as in dataclasses and for the same reason: a loop over arguments would cost several times the
     whole budget of 2 µs. Its own names begin with an underscore, which no parameter's does.

@@ -86,7 +86,7 @@ def _bind_one(spec: OpSpec, arg: Arg, shape: tuple[Any, ...], axes: dict[str, An
                 fix="reorder",
             ) from None
         if expected != size:
-            raise _shape_error(spec, arg, shape, f"{dim} should be {expected}")
+            raise _shape_error(spec, arg, shape, f"{dim} should be {expected}, not {size}")
 
 
 def _shape_error(spec: OpSpec, arg: Arg, shape: tuple[Any, ...], why: str) -> HalError:

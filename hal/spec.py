@@ -137,7 +137,7 @@ class Sample:
     """One point of the input space. ``axes`` is whatever the op's ``inputs`` reads.
 
     ``level`` is the first level that runs it; ``fill`` is "normal" or "exact" (small integers: fp32 sums are exact,
-    and bit equality is demanded); ``tags`` group samples ("glm5", "edge", "spec_decode").
+    and bit equality is demanded); ``tags`` group samples ("glm5", "edge"); "empty" says that an output of zeros is the right answer, not a bad sample.
     """
 
     id: str

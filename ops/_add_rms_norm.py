@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from glm5_hal.ops._common.draws import fine
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.ops._rms_norm import rms_norm, rounded_twice
 from glm5_hal.ops._rms_norm import samples as norm_samples
@@ -41,9 +44,9 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     shape = tuple(sample.axes[a] for a in "TH" if a in sample.axes)
     # Rows differ in size by powers of two, so that a scale taken from the wrong row shows. The residual stream is
     # larger than what a block adds to it.
-    size = (2.0 ** draw.integers(-3, 4, *shape, 1)).to(draw.small(1, dtype=dtype).dtype)
-    x = draw.normal(*shape, D, dtype=dtype) * size
-    residual = draw.normal(*shape, D, dtype=dtype, scale=4.0) * size
+    size = (2.0 ** draw.integers(-3, 4, *shape, 1)).to(getattr(torch, dtype))
+    x = fine(draw, *shape, D, dtype=dtype) * size
+    residual = fine(draw, *shape, D, dtype=dtype, scale=4.0) * size
     if sample.axes.get("cancels"):  # what is left of x and residual is small, so eps shows too
         residual = -x + draw.normal(*shape, D, dtype=dtype, scale=2.0**-8)
     weight = draw.uniform(D, dtype=dtype, low=0.25, high=1.0)
@@ -51,9 +54,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
 
 
 def cost(axes: Mapping[str, Any]) -> Cost:
-    n = axes["D"]
-    for size in axes["..."]:
-        n *= size
+    n = axes["D"] * prod(axes["..."])
     return Cost(flops=5 * n, bytes=axes["itemsize"] * (4 * n + axes["D"]))
 
 
@@ -73,8 +74,8 @@ SPEC = OpSpec(
         Out("residual_out", "... D", "F", "the sum: the residual stream after this block"),
     ),
     dtypes={"F": FLOATS, "W": FLOATS},
-    rounding="the sum in fp32, rounded once into residual_out; the norm in fp32, of the rounded sum or of the fp32 one; y "
-    "rounded once at the end, or also before the multiplication by weight",
+    rounding="the sum in fp32, rounded once into residual_out; the norm in fp32, of the rounded sum or of the fp32 "
+    "one; y rounded once at the end, or also before the multiplication by weight",
     attributes=("deterministic", "batch_invariant", "graph_safe"),
     samples=samples,
     inputs=inputs,

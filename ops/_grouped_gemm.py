@@ -6,6 +6,7 @@ Legend: M rows, K input features, N output features, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import checks
+from glm5_hal.ops._common.draws import fine, weight_scale
 from glm5_hal.ops._common.precision import down, up
-from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar
+from glm5_hal.ops._common.prolog import WEIGHT_FORMAT
+from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Sample
 from glm5_hal.state import host_list
 
 
@@ -24,12 +27,12 @@ def grouped_gemm(x: Tensor, weight: Tensor, expert_offsets: Tensor, *, weight_fo
     An expert may have no rows. Rows from expert_offsets[−1] on are zero, and their x is not read: x may be longer than
     the rows in use, so that its shape does not depend on how tokens were routed.
 
-    ``weight_format`` names a prepared form of the weight (`glm5_hal.prepare`): the same shape and dtype over other bytes.
-    "plain" is row-major, [out, in] for each expert; a kernel refuses a format that it does not declare.
+    ``weight_format`` names a prepared form of the weight (`glm5_hal.prepare`): the same shape and dtype over other
+    bytes. "plain" is row-major, [out, in] for each expert; a kernel refuses a format that it does not declare.
     """
     ends = host_list(expert_offsets)
     y = up(x).new_zeros(x.shape[0], weight.shape[1])
-    for e, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for e, (start, end) in enumerate(pairwise(ends)):
         if start < end:
             y[start:end] = up(x[start:end]) @ up(weight[e]).T
     return down(y, x)
@@ -46,11 +49,12 @@ PERIOD = 1_000_003
 
 
 def expert_weights(draw: Draw, *shape: int, dtype: str, exact: bool = False) -> Tensor:
-    """Weights [E, out, in], experts of different size. Tiled from one draw: fresh numbers for GLM-5's experts would take
-    gigabytes."""
+    """Weights [E, out, in], experts of different size, that keep the size of what goes through them within a factor of
+    eight. Tiled from one draw: fresh numbers for GLM-5's experts would take gigabytes."""
     total = prod(shape)
     one = min(total, PERIOD)
-    base = draw.small(one, dtype=dtype) if exact else draw.normal(one, dtype=dtype, scale=2.0**-6)
+    scale = weight_scale(shape[-1])
+    base = draw.small(one, dtype=dtype) if exact else fine(draw, one, dtype=dtype, scale=scale)
     tiled = base.repeat(-(-total // one))[:total].view(shape) if total else base.view(shape)
     return tiled if exact else tiled.mul_((2.0 ** (torch.arange(shape[0]) % 3)).to(base.dtype).view(-1, 1, 1))
 
@@ -68,9 +72,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("integers", {"N": 24, "K": 64, "rows": (3, 0, 7, 1), "tail": 3}, fill="exact")
     rows = (8, 3, 0, 14, 21, 1, 5, 12)  # 64 tokens that came to one rank of EP32
     for name, N, K in (("gate_up", 4096, 6144), ("down", 6144, 2048)):
-        yield Sample(
-            f"glm5-{name}", {"N": N, "K": K, "rows": rows}, "standard", tags=glm5, dtypes=("bfloat16",)
-        )  # fmt: skip
+        yield Sample(f"glm5-{name}", {"N": N, "K": K, "rows": rows}, "standard", tags=glm5, dtypes=("bfloat16",))
     yield Sample(
         "glm5-down-two", {"N": 6144, "K": 2048, "rows": (5, 3), "tail": 8}, "standard", tags=glm5, dtypes=("float32",)
     )
@@ -81,7 +83,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     N, K, rows = axes["N"], axes["K"], axes["rows"]
     used = sum(rows)
     M = used + axes.get("tail", 0)
-    x = draw.small(M, K, dtype=dtype) if exact else draw.normal(M, K, dtype=dtype)
+    x = draw.small(M, K, dtype=dtype) if exact else fine(draw, M, K, dtype=dtype)
     unread = (torch.arange(M) >= used)[:, None].expand(M, K)
     args = {
         "x": x.masked_fill(unread, 77.0),
@@ -116,7 +118,7 @@ SPEC = OpSpec(
         Arg("weight", "E N K", "F", "each expert's weight, [out, in]"),
         Arg("expert_offsets", "E+1", "int32", "first row of each expert, and the number of rows in use"),
     ),
-    scalars=(Scalar("weight_format", "named form of the weight, as glm5_hal.prepare gave it"),),
+    scalars=(WEIGHT_FORMAT,),
     outs=(Out("y", "M N", "F", "products; zero beyond the rows in use"),),
     dtypes={"F": FLOATS},
     rounding="products and sums in fp32; rounded once at the end",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.ops._common.draws import fine
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Constraint, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar
 
@@ -20,9 +21,9 @@ def hadamard(x: Tensor, *, scale: float) -> Tensor:
     scale = D^-0.5 the transform is its own inverse and keeps inner products: the indexer may apply it to queries and
     keys before they are quantised (both, or neither) without changing a score.
     """
-    y, half = up(x), 1
-    while half < x.shape[-1]:
-        a, b = y.unflatten(-1, (-1, 2, half)).unbind(-2)
+    D, y, half = x.shape[-1], up(x), 1
+    while half < D:
+        a, b = y.reshape(*x.shape[:-1], D // (2 * half), 2, half).unbind(-2)
         y = torch.stack((a + b, a - b), -2).flatten(-3)
         half *= 2
     return down(y * scale, x)
@@ -35,7 +36,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("single", {"shape": (3, 1), "scale": 0.7}, tags=edge)
     yield Sample("no_rows", {"shape": (0, 32), "scale": 0.7}, tags=edge)
     yield Sample("integers", {"shape": (7, 128), "scale": 0.125}, fill="exact")
-    standard = {"level": "standard", "dtypes": ("bfloat16", "float32")}
+    standard: dict[str, Any] = {"level": "standard", "dtypes": ("bfloat16", "float32")}
     for name, tokens, heads in (("glm5-indexer-q", 256, 32), ("dsv32-indexer-q", 128, 64)):
         tags = glm5 if name.startswith("glm5") else frozenset()
         yield Sample(name, {"shape": (tokens, heads, 128), "scale": 128**-0.5}, tags=tags, **standard)
@@ -46,7 +47,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     shape = sample.axes["shape"]
     if sample.fill == "exact":
         return Inputs({"x": draw.small(*shape, dtype=dtype), "scale": sample.axes["scale"]})
-    x = draw.normal(*shape, dtype=dtype)
+    x = fine(draw, *shape, dtype=dtype)
     x[..., :1] *= 16  # an outlier, which the transform spreads
     return Inputs({"x": x, "scale": sample.axes["scale"]})
 

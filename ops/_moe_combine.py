@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import checks
+from glm5_hal.ops._common.draws import fine
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Sample
 
@@ -19,9 +20,9 @@ from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs,
 def moe_combine(y: Tensor, topk_weights: Tensor, inverse_ids: Tensor, shared: Tensor | None = None) -> Tensor:
     """out[t] = Σ_k topk_weights[t, k] · y[inverse_ids[t, k]] + shared[t].
 
-    An inverse id of −1 contributes nothing, and its weight is not read; a row of y that no id names is not read either. The
-    shared expert's result is added as it is: neither router weight nor scaling factor applies to it. A token
-    without any expert here gets its shared part, or zero.
+    An inverse id of −1 contributes nothing, and its weight is not read; nor is a row of y that no id names. The shared
+    expert's result is added as it is: neither router weight nor scaling factor applies to it. A token without any
+    expert here gets its shared part, or zero.
     """
     out = up(y).new_zeros(inverse_ids.shape[0], y.shape[1])
     for weights, rows in zip(topk_weights.T, inverse_ids.T, strict=True):
@@ -47,10 +48,15 @@ def samples() -> Iterator[Sample]:
     yield Sample("no_tokens", {**tiny, "T": 0, "spare": 3, "shared": True}, tags=edge)
     yield Sample("integers", {**tiny, "elsewhere": 2, "spare": 2, "shared": True}, fill="exact")
     glm = {"K": 8, "D": 6144}
-    standard = {"level": "standard", "tags": glm5, "dtypes": ("bfloat16", "float32")}
+    standard: dict[str, Any] = {"level": "standard", "tags": glm5, "dtypes": ("bfloat16", "float32")}
     yield Sample("glm5", {**glm, "T": 256, "shared": True}, **standard)
     yield Sample("glm5-ep32", {**glm, "T": 512, "elsewhere": 7}, **standard)
     yield Sample("glm5-decode", {**glm, "T": 4, "shared": True}, **standard)
+
+
+def router_weights(draw: Draw, tokens: int, top_k: int) -> Tensor:
+    """Weights between 0 and 1, some far smaller than others, fp32."""
+    return fine(draw, tokens, top_k, dtype="float32", scale=2.0**-3) + 0.5
 
 
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
@@ -63,12 +69,12 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     order = draw.permutation(M)[: int(here.sum())]
     inverse = torch.full((T, K), -1).masked_scatter(here, order).int()
     unread = torch.ones(M, 1, dtype=torch.bool).index_fill(0, order, False).expand(M, D)
-    y = draw.small(M, D, dtype=dtype) if exact else draw.normal(M, D, dtype=dtype)
-    # Weights differ by far, and none is zero: in the exact fill a product of zero would have a sign.
-    weights = (1.0 + draw.integers(0, 4, T, K)) / 4 if exact else draw.uniform(T, K, low=0.0625, high=1.0)
+    y = draw.small(M, D, dtype=dtype) if exact else fine(draw, M, D, dtype=dtype)
+    # No weight is zero in the exact fill: a product of zero would have a sign.
+    weights = (1.0 + draw.integers(0, 4, T, K)) / 4 if exact else router_weights(draw, T, K)
     extra = None
     if axes.get("shared"):
-        extra = draw.small(T, D, dtype=dtype) if exact else draw.normal(T, D, dtype=dtype)
+        extra = draw.small(T, D, dtype=dtype) if exact else fine(draw, T, D, dtype=dtype)
     args = {
         "y": y.masked_fill(unread, 77.0),
         "topk_weights": weights.float().masked_fill(~here, 77.0),

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import checks
+from glm5_hal.ops._common.draws import fine
+from glm5_hal.ops._common.prolog import WEIGHT_FORMAT
+from glm5_hal.ops._common.references import loosest
 from glm5_hal.ops._grouped_gemm import expert_weights
+from glm5_hal.ops._moe_combine import router_weights
 from glm5_hal.ops._moe_permute import chosen_experts
 from glm5_hal.ops._silu_and_mul import SPEC as ACTIVATION
 from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar
@@ -33,8 +37,8 @@ def moe_experts(
     """out[t] = Σ_k topk_weights[t, k] · w_down[e] (silu(gate) · up) + shared[t], with e = topk_ids[t, k] and
     gate ‖ up = w_gate_up[e] x[t].
 
-    ``w_gate_up`` holds the gate's rows first, then up's. Id −1 is an expert of another rank: it contributes nothing, and
-    its weight is not read. Weights include routed_scaling_factor; ``shared``, the shared expert's result, is added
+    ``w_gate_up`` holds the gate's rows first, then up's. Id −1 is an expert of another rank: it contributes nothing,
+    and its weight is not read. Weights include routed_scaling_factor; ``shared``, the shared expert's result, is added
     unscaled. ``limit`` clamps as in silu_and_mul. Made of moe_permute, grouped_gemm, silu_and_mul, grouped_gemm and
     moe_combine; a fused kernel need not build the permuted tokens.
     """
@@ -47,7 +51,7 @@ def moe_experts(
 
 def check_values(args: Mapping[str, Any]) -> None:
     n = args["w_down"].shape[0]
-    checks.in_range("moe_experts", "topk_ids", args["topk_ids"], -1, n, f"there are {n} experts here, -1 is none of them")
+    checks.in_range("moe_experts", "topk_ids", args["topk_ids"], -1, n, f"there are {n} experts, -1 is none of them")
 
 
 def samples() -> Iterator[Sample]:
@@ -76,12 +80,12 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     ids = chosen_experts(draw, T, K, E, axes.get("elsewhere", 0))
     unread = (ids < 0).all(1, keepdim=True).expand(T, D)
     args = {
-        "x": draw.normal(T, D, dtype=dtype).masked_fill(unread, 77.0),
-        "topk_weights": draw.uniform(T, K, low=0.0625, high=1.0).masked_fill(ids < 0, 77.0),
+        "x": fine(draw, T, D, dtype=dtype).masked_fill(unread, 77.0),
+        "topk_weights": router_weights(draw, T, K).masked_fill(ids < 0, 77.0),
         "topk_ids": ids,
         "w_gate_up": expert_weights(draw, E, 2 * I, D, dtype=dtype),
         "w_down": expert_weights(draw, E, D, I, dtype=dtype),
-        "shared": draw.normal(T, D, dtype=dtype) if axes.get("shared") else None,
+        "shared": fine(draw, T, D, dtype=dtype) if axes.get("shared") else None,
         "limit": axes.get("limit"),
         "weight_format": "plain",
     }
@@ -108,6 +112,7 @@ SPEC = OpSpec(
     group="moe",
     composite=True,
     reference=moe_experts,
+    emulate=loosest(moe_experts),
     args=(  # w_down first: it binds I
         Arg("x", "T D", "F", "tokens"),
         Arg("topk_weights", "T K", "A", "router weights, scaling factor included"),
@@ -118,13 +123,13 @@ SPEC = OpSpec(
     ),
     scalars=(
         Scalar("limit", "clamp of the gated activation, above 0; None for no clamp"),
-        Scalar("weight_format", "named form of both weights, as glm5_hal.prepare gave it"),
+        WEIGHT_FORMAT,
     ),
     outs=(Out("out", "T D", "F", "the layer's result on this rank"),),
     dtypes={"F": FLOATS, "A": ("float32", "float64")},
     constraints=ACTIVATION.constraints[1:],
-    rounding="as its parts: each product and the activation rounded to the storage dtype, or kept in fp32; the weighted sum "
-    "in fp32, rounded once",
+    rounding="as its parts: each product and the activation rounded to the storage dtype, or kept in fp32; the "
+    "weighted sum in fp32, rounded once",
     attributes=("deterministic", "batch_invariant", "graph_safe"),
     samples=samples,
     inputs=inputs,

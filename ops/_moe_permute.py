@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import checks
+from glm5_hal.ops._common.draws import fine
+from glm5_hal.ops._common.precision import down, up
 from glm5_hal.spec import FLOATS, Arg, BadInput, BitExact, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar
 
 
@@ -22,14 +24,14 @@ def moe_permute(x: Tensor, topk_ids: Tensor, *, num_experts: int) -> tuple[Tenso
     expert_offsets[e + 1] of ``permuted``, and (t, k) has the row inverse_ids[t, k].
 
     Id −1 means that the expert is not on this rank: no row, and inverse_ids −1. A token without any valid id is not
-    read. ``permuted`` always has T·K rows, so that its shape does not depend on values; those from expert_offsets[−1] on
-    are zero. Ids are local: 0 to num_experts − 1.
+    read. ``permuted`` always has T·K rows, so that its shape does not depend on values; those from expert_offsets[−1]
+    on are zero. Ids are local: 0 to num_experts − 1.
     """
-    (T, K), D = topk_ids.shape, x.shape[1]
+    (T, K), values = topk_ids.shape, down(up(x), x)
     ids = topk_ids.reshape(-1).long()
     order = ids.masked_fill(ids < 0, num_experts).sort(stable=True).indices[: int((ids >= 0).sum())]
-    permuted = x.new_zeros(T * K, D)
-    permuted[: len(order)] = x[order // K]
+    permuted = values.new_zeros(T * K, x.shape[1])
+    permuted[: len(order)] = values[order // K]
     inverse = torch.full_like(ids, -1)
     inverse[order] = torch.arange(len(order), device=x.device)
     counts = torch.bincount(ids[ids >= 0], minlength=num_experts)
@@ -39,7 +41,7 @@ def moe_permute(x: Tensor, topk_ids: Tensor, *, num_experts: int) -> tuple[Tenso
 
 def check_values(args: Mapping[str, Any]) -> None:
     n = args["num_experts"]
-    checks.in_range("moe_permute", "topk_ids", args["topk_ids"], -1, n, f"there are {n} experts here, -1 is none of them")
+    checks.in_range("moe_permute", "topk_ids", args["topk_ids"], -1, n, f"there are {n} experts, -1 is none of them")
 
 
 def chosen_experts(draw: Draw, tokens: int, top_k: int, experts: int, elsewhere: int = 0) -> Tensor:
@@ -47,11 +49,11 @@ def chosen_experts(draw: Draw, tokens: int, top_k: int, experts: int, elsewhere:
 
     Then the first token has no expert here, the last one all of them.
     """
-    ids = draw.integers(0, 1 << 40, tokens, experts).argsort(dim=-1, stable=True)[:, :top_k].int()
+    order: Tensor = draw.integers(0, 1 << 40, tokens, experts).argsort(dim=-1, stable=True)
     away = draw.integers(0, 8, tokens, top_k) < elsewhere
     if elsewhere and tokens > 1:
         away[0], away[-1] = True, False
-    return ids.masked_fill(away, -1)
+    return order[:, :top_k].int().masked_fill(away, -1)
 
 
 def samples() -> Iterator[Sample]:
@@ -59,11 +61,11 @@ def samples() -> Iterator[Sample]:
     tiny = {"T": 13, "K": 3, "D": 40, "E": 7}
     yield Sample("tokens", tiny)
     yield Sample("elsewhere", {**tiny, "elsewhere": 5})
-    yield Sample("nothing_here", {**tiny, "elsewhere": 8, "T": 1}, tags=edge)
+    yield Sample("nothing_here", {**tiny, "elsewhere": 8, "T": 1}, tags=edge | {"empty"})
     yield Sample("idle_experts", {**tiny, "T": 2, "E": 60}, tags=edge)
     yield Sample("one_expert", {**tiny, "K": 1, "E": 1}, tags=edge)
     yield Sample("no_tokens", {**tiny, "T": 0}, tags=edge)
-    standard = {"level": "standard", "tags": glm5, "dtypes": ("bfloat16",)}
+    standard: dict[str, Any] = {"level": "standard", "tags": glm5, "dtypes": ("bfloat16",)}
     yield Sample("glm5", {"T": 256, "K": 8, "D": 6144, "E": 256}, **standard)
     yield Sample("glm5-ep32", {"T": 512, "K": 8, "D": 6144, "E": 8, "elsewhere": 6}, **standard)
     yield Sample("glm5-decode", {"T": 4, "K": 8, "D": 6144, "E": 256}, "standard", tags=glm5)
@@ -72,7 +74,7 @@ def samples() -> Iterator[Sample]:
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     T, K, D, E = (sample.axes[a] for a in "TKDE")
     ids = chosen_experts(draw, T, K, E, sample.axes.get("elsewhere", 0))
-    x = draw.normal(T, D, dtype=dtype)
+    x = fine(draw, T, D, dtype=dtype)
     unread = (ids < 0).all(1, keepdim=True).expand(T, D)
     return Inputs({"x": x.masked_fill(unread, 77.0), "topk_ids": ids, "num_experts": E}, {"x": unread})
 

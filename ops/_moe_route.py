@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.ops._common.draws import fine
 from glm5_hal.ops._common.precision import down, exact, up
 from glm5_hal.spec import (
     Arg,
@@ -42,9 +43,9 @@ def moe_route(
     """The top_k experts of every token by s + bias, weighted by s: returns (weights, ids).
 
     s = sigmoid(logits) (or softmax over the experts), and c = s + bias is what experts are chosen by. With
-    ``n_group`` > 1 the experts form that many equal groups in order; only the ``topk_group`` groups with the largest sum of
-    their two best c stay eligible. Of the eligible experts the top_k with the largest c are chosen. c may be negative, so
-    what is not eligible counts as −inf, never as 0.
+    ``n_group`` > 1 the experts form that many equal groups in order; only the ``topk_group`` groups with the largest
+    sum of their two best c stay eligible. Of the eligible experts the top_k with the largest c are chosen. c may be
+    negative, so what is not eligible counts as −inf, never as 0.
 
     ``bias`` (e_score_correction_bias) takes part in the choice alone: weights are s of the chosen, divided by (their
     sum + 1e-20) if ``norm_topk_prob``, times ``routed_scaling_factor`` (2.5 for GLM-5). The factor is applied here and
@@ -72,7 +73,8 @@ def score(router_logits: Tensor, bias: Tensor | None, scoring_func: str) -> tupl
 
 def group_scores(choice: Tensor, n_group: int) -> Tensor:
     """The sum of each group's two best, [T, n_group]."""
-    return choice.unflatten(-1, (n_group, -1)).sort(-1, descending=True).values[..., :2].sum(-1)
+    T, E = choice.shape
+    return choice.reshape(T, n_group, E // n_group).sort(-1, descending=True).values[..., :2].sum(-1)
 
 
 def among(choice: Tensor, kept: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ def score_rounding(args: Mapping[str, Any], scores: Tensor) -> Tensor:
     """By how much an honest c may be off, per row: a few units in the last place, and softmax's sum over E."""
     unit = torch.finfo(args["router_logits"].dtype).eps / 2
     size = scores if args["bias"] is None else scores + args["bias"].double().abs()
-    return 2 * unit * (4 + scores.shape[1] ** 0.5) * size.amax(-1)
+    return size.amax(-1).mul(2 * unit * (4 + scores.shape[1] ** 0.5))
 
 
 def oracle_scores(args: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -174,16 +176,14 @@ def samples() -> Iterator[Sample]:
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     axes = sample.axes
     T, E, values = axes["T"], axes["E"], axes.get("values")
-    # Two grids, one finer: almost no two logits are equal unless the sample wants them to be.
-    logits = draw.normal(T, E, dtype=dtype, scale=2.0) + draw.normal(T, E, dtype=dtype, scale=2.0**-7)
-    bias = None
+    logits, bias = fine(draw, T, E, dtype=dtype, scale=2.0), None
     if values:
         # Few values, far apart, and a few rows of a size of their own: equal scores in every row.
         logits = (draw.integers(0, values, T, E) + draw.integers(0, 8, T, 1)).to(logits.dtype) / 4
         if "n_group" in axes and axes.get("spread", True):
             logits = _distinct_groups(draw, logits, axes["n_group"], values)
     elif axes.get("biased", True):
-        bias = draw.uniform(E, dtype=dtype, low=-0.25, high=0.25) + axes.get("shift", 0.0)
+        bias = fine(draw, E, dtype=dtype, scale=2.0**-3) + axes.get("shift", 0.0)
     options = {name: axes[name] for name in OPTIONS if name in axes}
     defaults = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
     scored = {"scoring_func": "sigmoid"}
@@ -193,9 +193,9 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
 def _distinct_groups(draw: Draw, logits: Tensor, n_group: int, values: int) -> Tensor:
     """No two groups tie: each has an offset of its own, and two of its best."""
     T, E = logits.shape
-    order = draw.integers(0, 1 << 30, T, n_group).argsort(dim=-1, stable=True)
+    order: Tensor = draw.integers(0, 1 << 30, T, n_group).argsort(dim=-1, stable=True)
     best = draw.integers(0, 1 << 30, T, n_group, E // n_group).argsort(dim=-1, stable=True) < 2
-    step = draw.integers(0, values, T, n_group, E // n_group).masked_fill(best, values - 1)
+    step: Tensor = draw.integers(0, values, T, n_group, E // n_group).masked_fill(best, values - 1)
     return ((step + order[..., None]).to(logits.dtype) / 4).flatten(1)
 
 

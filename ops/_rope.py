@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.ops._common.draws import fine
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.spec import (
     FLOATS,
@@ -39,8 +40,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "interleaved") ->
     reordered, so it may go into a cache that other engines read; transformers de-interleaves here.
 
     The tables serve every head of a token and are used as they are: whoever builds them owns the arithmetic of the
-    angles, and may fold a factor in. Build them in float64 (``glm5_hal.rope_tables``): fp32 angles are off by up to 0.01
-    at position 200,000. ``x`` holds the rotary dims only: pass a slice of a wider head.
+    angles, and may fold a factor in. Build them in float64 (``glm5_hal.rope_tables``): fp32 angles are off by up to
+    0.01 at position 200,000. ``x`` holds the rotary dims only: pass a slice of a wider head.
     """
     per_token = (x.shape[0], *[1] * (x.dim() - 2), cos.shape[1])
     c, s = up(cos).reshape(per_token), up(sin).reshape(per_token)
@@ -68,7 +69,7 @@ def samples() -> Iterator[Sample]:
         yield Sample(f"no_tokens-{layout}", {"shape": (0, 3, 16), "layout": layout}, tags=edge)
     yield Sample("no_heads", {"shape": (4, 0, 16), "layout": "interleaved"}, tags=edge)
     yield Sample("grouped_heads", {"shape": (4, 2, 3, 16), "layout": "interleaved"}, tags=edge)
-    standard = {"level": "standard", "tags": glm5, "dtypes": ("bfloat16", "float32")}
+    standard: dict[str, Any] = {"level": "standard", "tags": glm5, "dtypes": ("bfloat16", "float32")}
     yield Sample("glm5-q", {"shape": (128, 64, 64), "layout": "interleaved"}, **standard)
     yield Sample("glm5-k", {"shape": (4096, 64), "layout": "interleaved"}, **standard)
     yield Sample("glm5-indexer-q", {"shape": (128, 32, 64), "layout": "interleaved"}, **standard)
@@ -82,15 +83,17 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     T, half = shape[0], shape[-1] // 2
     if exact:  # never zero: a product of zero would have a sign
         x, cos, sin = (_nonzero(draw, *dims) for dims in (shape, (T, half), (T, half)))
-        x = x.to(draw.small(1, dtype=dtype).dtype)
+        x = x.to(getattr(torch, dtype))
     else:
-        x = draw.normal(*shape, dtype=dtype)
+        x = fine(draw, *shape, dtype=dtype)
         cos, sin = unit_tables(draw, T, half)
     return Inputs({"x": x, "cos": cos, "sin": sin, "layout": sample.axes["layout"]})
 
 
 def _nonzero(draw: Draw, *shape: int) -> Tensor:
-    return (1.0 + draw.integers(0, 4, *shape)).float() * (1.0 - 2.0 * draw.integers(0, 2, *shape))
+    sign: Tensor = 1.0 - 2.0 * draw.integers(0, 2, *shape)
+    size: Tensor = 1.0 + draw.integers(0, 4, *shape)
+    return sign * size
 
 
 def cost(axes: Mapping[str, Any]) -> Cost:

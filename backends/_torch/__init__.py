@@ -9,6 +9,6 @@ from glm5_hal.backend import Kernel, kernels_of
 
 def kernels() -> Sequence[Kernel]:
     """All kernels of provider ``torch``."""
-    from glm5_hal.backends._torch import attention, caches, indexer, norms, topk
+    from glm5_hal.backends._torch import attention, caches, elementary, indexer, moe, norms, topk
 
-    return kernels_of(attention, caches, indexer, norms, topk)
+    return kernels_of(attention, caches, elementary, indexer, moe, norms, topk)

@@ -5,14 +5,13 @@ Legend: T tokens, H heads, W = L+R absorbed width (latent, rope), D head dim, n 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from glm5_hal.backend import kernel
-from glm5_hal.backends._torch.caches import HOST_MEMORY, Tiles, accumulation
+from glm5_hal.backends._torch.caches import Tiles, accumulation, in_host_memory
 from glm5_hal.ops._common.paging import requests
 from glm5_hal.state import FORMATS, host_list
 
@@ -122,20 +121,19 @@ def mla_decode(
 ) -> tuple[Tensor, Tensor]:
     out, lse = _no_keys(q, kv_lora_rank)
     work = [(r, tokens, n) for r, tokens, n in requests(cu_seqlens_q, seq_lens) if n and tokens.stop > tokens.start]
-    tiles = _tiles(q, kv_cache, rope_cache, kv_lora_rank, cache_format, max((n for *_, n in work), default=0))
+    longest = max((n for *_, n in work), default=0)
+    absorbed = _Absorbed(q, kv_cache, rope_cache, kv_lora_rank, cache_format, longest)
     for r, tokens, length in work:
-        pages = block_table[r]
         blind = max(tokens.stop - tokens.start - length, 0)  # the first tokens, which see no key
         for first in range(tokens.start + blind, tokens.stop, TOKENS):
             block = range(first, min(first + TOKENS, tokens.stop))
             limits = [length - tokens.stop + t + 1 for t in block]
             queries, states = [_query(q[t], scale) for t in block], [Softmax() for _ in block]
             for start in range(0, limits[-1], KEYS):
-                positions = torch.arange(start, min(start + KEYS, limits[-1]), device=q.device)
-                keys = tiles.read(pages, positions)
+                keys = absorbed.tiles.between(block_table[r], start, min(start + KEYS, limits[-1]))
                 for query, state, limit in zip(queries, states, limits, strict=True):
                     if limit > start:
-                        _attend(state, query, keys[: limit - start], kv_lora_rank)
+                        absorbed.attend(state, query, keys[: limit - start])
             for t, state in zip(block, states, strict=True):
                 out[t], lse[t] = state.result()
     return out, lse
@@ -156,23 +154,17 @@ def sparse_mla(
     cache_format: str = "latent_576",
 ) -> tuple[Tensor, Tensor]:
     out, lse = _no_keys(q, kv_lora_rank)
-    tiles = _tiles(q, kv_cache, rope_cache, kv_lora_rank, cache_format, indices.shape[1])
+    absorbed = _Absorbed(q, kv_cache, rope_cache, kv_lora_rank, cache_format, indices.shape[1])
     for r, tokens, length in requests(cu_seqlens_q, seq_lens):
-        if length == 0:
-            continue
-        pages = block_table[r]
-        for t in range(tokens.start, tokens.stop):
+        for t in range(tokens.start, tokens.stop if length else tokens.start):
             chosen, valid = _chosen(indices[t])
-            if len(chosen) == 0:
-                continue
-            state, query = Softmax(), _query(q[t], scale)
-            for start in range(0, len(chosen), KEYS):
-                some = slice(start, start + KEYS)
-                _attend(state, query, tiles.read(pages, chosen[some]), kv_lora_rank, None if valid is None else valid[some])
-            found = state.result()
-            if valid is not None:
-                found = (torch.where(valid.any(), found[0], 0.0), torch.where(valid.any(), found[1], -torch.inf))
-            out[t], lse[t] = found
+            if len(chosen):
+                state, query = Softmax(), _query(q[t], scale)
+                for start in range(0, len(chosen), KEYS):
+                    part = slice(start, start + KEYS)
+                    keys = absorbed.tiles.at(block_table[r], chosen[part])
+                    absorbed.attend(state, query, keys, None if valid is None else valid[part])
+                out[t], lse[t] = state.result() if valid is None else _unless_none(state, valid.any())
     return out, lse
 
 
@@ -183,10 +175,16 @@ def _chosen(indices: Tensor) -> tuple[Tensor, Tensor | None]:
     -1, and position 0 where there is none, of a request that has keys.
     """
     valid = indices >= 0
-    if indices.device.type in HOST_MEMORY or indices.numel() == 0:
+    if in_host_memory(indices) or indices.numel() == 0:
         return indices[valid], None
     first = indices.index_select(0, valid.int().argmax(keepdim=True)).clamp_min(0)
     return torch.where(valid, indices, first), valid
+
+
+def _unless_none(state: Softmax, some: Tensor) -> tuple[Tensor, Tensor]:
+    """The result, or that of no key where there was not ``some``."""
+    out, lse = state.result()
+    return torch.where(some, out, 0.0), torch.where(some, lse, -torch.inf)
 
 
 def _no_keys(q: Tensor, latent: int) -> tuple[Tensor, Tensor]:
@@ -195,21 +193,26 @@ def _no_keys(q: Tensor, latent: int) -> tuple[Tensor, Tensor]:
     return q.new_zeros(T, H, latent), q.new_full((T, H), -torch.inf, dtype=accumulation(q))
 
 
-def _tiles(
-    q: Tensor, kv_cache: Tensor, rope_cache: Tensor | None, latent: int, cache_format: str, keys: int
-) -> Tiles:
-    held = (kv_cache,) if rope_cache is None else (kv_cache, rope_cache)
-    rope = q.shape[-1] - latent
-    return Tiles(FORMATS[cache_format], held, latent, rope, accumulation(q), min(keys, KEYS))
-
-
 def _query(q: Tensor, scale: float) -> Tensor:
     """One token's queries [H, W], scaled, in memory of their own: bits must not depend on where the batch has them."""
     return q.to(accumulation(q)) * scale
 
 
-def _attend(state: Softmax, query: Tensor, keys: Tensor, latent: int, valid: Tensor | None = None) -> None:
-    scores = query @ keys.T
-    if valid is not None:
-        scores.masked_fill_(~valid, -torch.inf)
-    state.add(scores, keys[:, :latent])
+class _Absorbed:
+    """Attention of single tokens over tiles of a latent cache."""
+
+    def __init__(
+        self, q: Tensor, kv_cache: Tensor, rope_cache: Tensor | None, latent: int, cache_format: str, keys: int
+    ) -> None:
+        held = (kv_cache,) if rope_cache is None else (kv_cache, rope_cache)
+        (_, H, W), dtype, most = q.shape, accumulation(q), min(keys, KEYS)
+        self.tiles = Tiles(FORMATS[cache_format], held, latent, W - latent, dtype, most)
+        self._latent, self._room = latent, q.new_empty(H * most, dtype=dtype)
+
+    def attend(self, state: Softmax, query: Tensor, keys: Tensor, valid: Tensor | None = None) -> None:
+        """Let [H, W] queries see a tile of keys [n, W], or the ``valid`` ones of them."""
+        scores = self._room[: len(query) * len(keys)].view(len(query), len(keys))
+        torch.mm(query, keys.T, out=scores)
+        if valid is not None:
+            scores.masked_fill_(~valid, -torch.inf)
+        state.add(scores, keys[:, : self._latent])

@@ -77,8 +77,9 @@ class _Scorer:
 
     def __init__(self, q: Tensor, weights: Tensor, index_cache: Tensor, cache_format: str, longest: int) -> None:
         self._q, self._weights, self._dtype = q, weights, accumulation(q, weights)
-        most = min(longest, KEYS)
-        self._tiles = Tiles(FORMATS[cache_format], (index_cache,), q.shape[-1], 0, self._dtype, most)
+        most, (_, H, D) = min(longest, KEYS), q.shape
+        self._tiles = Tiles(FORMATS[cache_format], (index_cache,), D, 0, self._dtype, most)
+        self._room = q.new_empty(H * most, dtype=self._dtype)
 
     def score(self, first: int, limits: list[int], pages: Tensor, out: Tensor) -> None:
         """Row i of ``out`` gets the scores of token ``first + i`` for the keys before ``limits[i]``, and no others."""
@@ -90,9 +91,10 @@ class _Scorer:
         w_1H = [self._weights[first + i][None].to(self._dtype, copy=True) for i in range(len(limits))]
         end = max(limits, default=0)
         for start in range(0, end, KEYS):
-            positions = torch.arange(start, min(start + KEYS, end), device=out.device)
-            keys = self._tiles.read(pages, positions)
+            keys = self._tiles.between(pages, start, min(start + KEYS, end))
             for i, limit in enumerate(limits):
                 if limit > start:
-                    logits = (q_HD[i] @ keys[: limit - start].T).relu_()
-                    out[i, start : min(start + KEYS, limit)] = (w_1H[i] @ logits)[0]
+                    seen = keys[: limit - start]
+                    logits = self._room[: len(q_HD[i]) * len(seen)].view(-1, len(seen))
+                    torch.mm(q_HD[i], seen.T, out=logits).relu_()
+                    out[i, start : start + len(seen)] = (w_1H[i] @ logits)[0]

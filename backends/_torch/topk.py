@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal.backend import kernel
-from glm5_hal.backends._torch.caches import HOST_MEMORY
+from glm5_hal.backends._torch.caches import in_host_memory
 
 #: One score in so many is looked at to guess how high the chosen ones lie.
 STRIDE = 16
@@ -21,7 +21,7 @@ STRIDE = 16
 )
 def topk_indices(scores: Tensor, seq_lens: Tensor, *, top_k: int) -> Tensor:
     out = seq_lens.new_full((scores.shape[0], top_k), -1)
-    if scores.device.type in HOST_MEMORY:
+    if in_host_memory(scores):
         choose(scores, seq_lens.tolist(), out)
     else:
         _by_rank(scores, seq_lens, out)
@@ -30,7 +30,7 @@ def topk_indices(scores: Tensor, seq_lens: Tensor, *, top_k: int) -> Tensor:
 
 def choose(scores: Tensor, lengths: Sequence[int], out: Tensor) -> None:
     """Row t of ``out [T, K]``, full of -1, begins with the best of the first ``lengths[t]`` scores, ascending."""
-    if scores.device.type not in HOST_MEMORY:
+    if not in_host_memory(scores):
         _by_rank(scores, torch.tensor(lengths, device=scores.device), out)
         return
     for row, length, places in zip(scores, lengths, out, strict=True):

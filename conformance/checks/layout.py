@@ -57,9 +57,7 @@ def _pages_apart(cache: torch.Tensor) -> torch.Tensor:
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gaps": _gaps, "offset": _offset, "swapped": _swapped}
 
 
-def _accepted(
-    trial: Trial, relaid: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[dict[str, Any] | None, list[str]]:
+def _accepted(trial: Trial, relaid: Callable[[torch.Tensor], torch.Tensor]) -> tuple[dict[str, Any] | None, list[str]]:
     """The arguments relaid as far as the kernel takes them so (None: not at all), and what it declares against it."""
     from glm5_hal import ops
 

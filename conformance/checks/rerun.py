@@ -1,4 +1,4 @@
-"""The same inputs in fresh memory give the same bits where the kernel claims ``deterministic``; else a result as good."""
+"""The same inputs in fresh memory: the same bits where the kernel claims ``deterministic``, else a result as good."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lets the tests here say ``from stand_in import judge``: importlib mode puts no folder on the path."""
+"""Lets the tests here import their helpers by name: importlib mode puts no folder on the path."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-if "stand_in" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("stand_in", Path(__file__).with_name("stand_in.py"))
-    assert spec is not None and spec.loader is not None
-    sys.modules["stand_in"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+for name in ("stand_in", "honest"):
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
 
 
 @pytest.fixture(autouse=True, scope="session")

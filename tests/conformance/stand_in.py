@@ -9,7 +9,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from glm5_hal import context
@@ -69,19 +69,31 @@ def judge(
     dtypes: Sequence[str] = ("*",),
     samples: Sequence[str] = ("*",),
     errors: bool = False,
+    checks: Sequence[str] | None = None,
     parts: Mapping[str, Callable[..., Any]] | None = None,
 ) -> list[Result]:
     """What the suite says of one kernel, case by case.
 
-    ``dtypes`` and ``samples`` are globs; ``errors`` adds the bad inputs; ``parts`` are kernels of other ops, for a
-    composite that is judged by its default.
+    ``dtypes`` and ``samples`` are globs; ``errors`` adds the bad inputs; ``checks`` leaves out all others; ``parts``
+    are kernels of other ops, for a composite that is judged by its default.
     """
     made = [Made(op, fn, frozenset(provides), tuple(requires))] if fn is not None else []
     made += [Made(name, part, frozenset(provides)) for name, part in (parts or {}).items()]
     chosen = [c for c in _cases(op, level) if _wanted(c, dtypes, samples, errors)]
-    with installed(*made):
+    with installed(*made), only(checks):
         (target,) = runner.targets(NAME)
         return [runner.run_case(_subject(case, seed), case, target, seed) for seed in seeds for case in chosen]
+
+
+@contextmanager
+def only(checks: Sequence[str] | None) -> Iterator[None]:
+    """Nothing but these checks, for time's sake."""
+    whole = runner.CHECKS
+    runner.CHECKS = whole if checks is None else {name: whole[name] for name in checks}
+    try:
+        yield
+    finally:
+        runner.CHECKS = whole
 
 
 def failed(results: Iterable[Result]) -> list[Result]:
@@ -100,7 +112,7 @@ def _wanted(case: Case, dtypes: Sequence[str], samples: Sequence[str], errors: b
     return named and any(fnmatch.fnmatch(case.dtype, d) for d in dtypes)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cases(op: str, level: str) -> tuple[Case, ...]:
     return tuple(cases(level, (op,)))
 

@@ -1,4 +1,4 @@
-"""The acme backend of glm5-hal. The entry point in pyproject.toml names this module."""
+"""The acme backend of glm5-hal; its entry point is in pyproject.toml."""
 
 from __future__ import annotations
 

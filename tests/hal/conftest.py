@@ -1,0 +1,43 @@
+"""Lets the tests here say ``from toys import ...``: importlib mode puts no folder on the path."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+if "toys" not in sys.modules:
+    spec = importlib.util.spec_from_file_location("toys", Path(__file__).with_name("toys.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["toys"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Tiny shapes: a second thread costs more than it gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """No settings of ours in the environment, and nothing learnt before or left behind."""
+    from glm5_hal import context, observe
+
+    for name in ("GLM5_BACKEND", "GLM5_LOG", "GLM5_SHADOW"):
+        monkeypatch.delenv(name, raising=False)
+    context.reset()
+    observe.clear_counts()
+    yield monkeypatch
+    monkeypatch.undo()
+    observe.watch()
+    observe.clear_counts()
+    context.reset()
