@@ -87,18 +87,18 @@ def calibrated(
     R = math.prod(shape)
     n = y.numel() // R
     X, Y, B = x.reshape(R, n), y.double().reshape(R, n), b.reshape(R, n)
-    parts = [_measure(X[i], Y[i], B[i], unit) for i in _blocks(R, n)]
+    parts = [_measure(X[i], Y[i], B[i], unit) for i in blocks(R, n)]
     rows = _Rows(*(torch.cat(column) for column in zip(*parts, strict=True)))
     live_R = rows.size > 0
     floor_R = torch.where(live_R, torch.as_tensor(floor, dtype=torch.float64).expand(shape).reshape(-1), 0.0)
     if not (rows.honest.isfinite() & floor_R.isfinite()).all():
-        return _mistrust("the emulation or the floor is not finite where the oracle is")
+        return mistrust("the emulation or the floor is not finite where the oracle is")
 
     size_R = torch.where(live_R, rows.size, 1.0)
     error_R, honest_R, least_R = (torch.where(live_R, v / size_R, 0.0) for v in (rows.error, rows.honest, rows.least))
     tells_R = live_R & (honest_R + floor_R < 1)
     if live_R.any() and not tells_R.any():
-        return _mistrust("the emulation and the floor are as far from the oracle as zeros would be")
+        return mistrust("the emulation and the floor are as far from the oracle as zeros would be")
     budget_R = 4 * torch.maximum((rows.honest.max() / size_R).clamp_max(honest_R.max()), least_R) + floor_R
     wrong_R = {
         "nonfinite": rows.strange > 0,
@@ -115,9 +115,9 @@ def calibrated(
         (errors["slope"], budget["slope"]), (errors["bias"], budget["bias"]) = _slope_and_bias(rows, floor_R, unit)
     slack_R = _slack(rows, live_R, 2 * once)
     if n >= LONG:
-        over_R = torch.cat([_over(X[i], Y[i], slack_R[i], floor_R[i], unit).amax(1) for i in _blocks(R, n)])
+        over_R = torch.cat([_over(X[i], Y[i], slack_R[i], floor_R[i], unit).amax(1) for i in blocks(R, n)])
         errors["element"], budget["element"], wrong_R["element"] = over_R.max().item(), 1.0, over_R > 1
-    failed = _failed(errors, budget)
+    failed = first_failed(errors, budget)
     if not failed:
         return Judgement(True, errors, budget)
     bad_R = torch.stack([*wrong_R.values()]).any(0)
@@ -141,13 +141,13 @@ def absolute(x: Tensor, y: Tensor, b: Tensor, *, unit: float, floor: float | Ten
     honest = (b.reshape(-1).double() - Y).abs()[finite]
     allowed = torch.as_tensor(floor, dtype=torch.float64).expand(y.shape).reshape(-1) + 4 * unit * Y.abs().clamp_min(1)
     if not (honest.isfinite().all() and allowed[finite].isfinite().all()):
-        return _mistrust("the emulation or the floor is not finite where the oracle is")
+        return mistrust("the emulation or the floor is not finite where the oracle is")
     allowed = allowed + 4 * (honest.max() if honest.numel() else 0.0)
     error = torch.where(finite & ~strange, (X - Y).abs(), 0.0)
     worst = int(torch.where(finite, error / allowed.clamp_min(TINY), -1.0).argmax())
     errors = {"nonfinite": float(strange.sum()), "absolute": error[worst].item()}
     budget = {"nonfinite": 0.0, "absolute": allowed[worst].item() if finite.any() else 0.0}
-    failed = _failed(errors, budget)
+    failed = first_failed(errors, budget)
     if not failed:
         return Judgement(True, errors, budget)
     wrong = strange | (finite & (error > allowed))
@@ -158,7 +158,7 @@ def absolute(x: Tensor, y: Tensor, b: Tensor, *, unit: float, floor: float | Ten
 def bit_exact(x: Tensor, y: Tensor) -> Judgement:
     """The same dtype, shape and bits: NaN payloads and the sign of zero count."""
     if x.dtype != y.dtype or x.shape != y.shape:
-        return Judgement(False, detail=f"got {_kind(x)}, expected {_kind(y)}")
+        return Judgement(False, detail=f"got {kind(x)}, expected {kind(y)}")
     if y.numel() == 0:
         return Judgement(True)
     X, Y = (t.contiguous().reshape(-1, 1).view(torch.uint8) for t in (x, y))
@@ -171,42 +171,6 @@ def bit_exact(x: Tensor, y: Tensor) -> Judgement:
     rows = int(wrong.reshape(-1, y.shape[-1] if y.dim() else 1).any(1).sum())
     detail = f"bits: {int(wrong.sum())} of {y.numel()} elements differ, in {rows} rows; {_element(x, y, at)}{sign}"
     return Judgement(False, errors, budget, detail)
-
-
-def selection(
-    indices: Tensor, scores: Tensor, tau: float | Tensor, *, canonical: bool, sorted_: bool, padded: bool = True
-) -> Judgement:
-    """Chosen indices [T, K] by threshold on float64 scores [T, S]; a score of -inf or NaN is not eligible.
-
-    Which of several scores within tau of the K-th are taken is free, unless `canonical`: then the set is exactly that
-    of the total order (score descending, index ascending, 0.0 equal to -0.0) of the scores as given. Every eligible
-    score is taken if there are at most K; -1 fills the tail. ``sorted_``: the indices ascend.
-    """
-    T, K = (*indices.shape, 0)[:2]
-    if indices.dtype != torch.int32 or indices.dim() != 2 or scores.shape[:1] != (T,):
-        return Judgement(False, detail=f"got {_kind(indices)}, expected int32 [T, K] with T = {scores.shape[0]}")
-    tau_T = torch.as_tensor(tau, dtype=torch.float64).expand(T)
-    if not (tau_T >= 0).all():
-        return _mistrust("tau is negative or NaN")
-    if not padded and ((scores > -math.inf).sum(1) < K).any():  # NaN compares false
-        return _mistrust(f"fewer than {K} scores are eligible, and the op has no padding")
-    parts = [
-        _select(indices[i].long(), scores[i].double(), tau_T[i], canonical, sorted_)
-        for i in _blocks(T, max(scores.shape[1], K))
-    ]
-    if not parts:
-        return Judgement(True)
-    wrong = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    errors, budget = {name: float(bad_T.sum()) for name, bad_T in wrong.items()}, dict.fromkeys(wrong, 0.0)
-    failed = _failed(errors, budget)
-    if not failed:
-        return Judgement(True, errors, budget)
-    bad_T = torch.stack([*wrong.values()]).any(0)
-    t = int(bad_T.int().argmax())
-    row = ", ".join(name for name, bad in wrong.items() if bad[t])
-    chosen = indices[t].tolist()
-    shown = f"{chosen[:16]}{'…' if K > 16 else ''}"
-    return Judgement(False, errors, budget, f"{failed}; {int(bad_T.sum())} of {T} rows; first row {t} ({row}): {shown}")
 
 
 def mistrusted(*expected: Tensor) -> str:
@@ -284,7 +248,7 @@ def _slope_and_bias(rows: _Rows, floor_R: Tensor, unit: float) -> tuple[tuple[fl
 
 
 def _slack(rows: _Rows, live_R: Tensor, share: float) -> Tensor:
-    """How far the emulation's noise may take an element of each row beyond its rounding, at least `share` of its rms."""
+    """How far noise may take an element of each row beyond its rounding; at least `share` of the row's rms."""
     rms_R = rows.size / rows.finite.clamp_min(1).sqrt()
     most = torch.where(live_R, rows.excess / torch.where(live_R, rms_R, 1.0), 0.0).max().clamp_min(share)
     noise_R = torch.minimum(most * rms_R, torch.maximum(rows.excess.max(), share * rms_R))
@@ -335,51 +299,22 @@ def _concentration(size_R: Tensor) -> float:
     return (squares.square().sum().sqrt() / squares.sum().clamp_min(TINY)).item()
 
 
-def _select(idx: Tensor, scores: Tensor, tau_T: Tensor, canonical: bool, sorted_: bool) -> dict[str, Tensor]:
-    """Which rows break which rule."""
-    T, S = scores.shape
-    K = idx.shape[1]
-    scores = scores.masked_fill(scores.isnan(), -math.inf)
-    eligible, valid = scores > -math.inf, idx >= 0
-    inside = valid & (idx < S)
-    picked = torch.zeros(T, S + 1, dtype=torch.bool).scatter_(1, torch.where(inside, idx, S), True)[:, :S]
-    k = min(K, S)
-    kth_T = scores.topk(k).values[:, -1] if k else scores.new_full((T,), math.inf if K == 0 else -math.inf)
-    chosen, unchosen = picked & eligible, eligible & ~picked
-    wrong = {
-        "invalid index": ((idx < -1) | (idx >= S)).any(1),
-        "not eligible": (picked & ~eligible).any(1),
-        "duplicate": inside.sum(1) != picked.sum(1),
-        "count": valid.sum(1) != eligible.sum(1).clamp_max(K),
-        "-1 before the tail": (valid[:, 1:] & ~valid[:, :-1]).any(1),
-        "chosen below the k-th": (chosen & (scores < (kth_T - tau_T)[:, None])).any(1),
-        "unchosen above the k-th": (unchosen & (scores > (kth_T + tau_T)[:, None])).any(1),
-    }
-    if canonical:
-        above, tied = scores > kth_T[:, None], (scores == kth_T[:, None]) & eligible
-        places = K - above.sum(1, keepdim=True)
-        wrong["not the canonical set"] = (picked != (above | tied & (tied.cumsum(1) <= places))).any(1)
-    if sorted_:
-        wrong["not ascending"] = (valid[:, 1:] & (idx[:, 1:] <= idx[:, :-1])).any(1)
-    return wrong
-
-
-def _blocks(R: int, n: int) -> Iterator[slice]:
+def blocks(R: int, n: int) -> Iterator[slice]:
     step = max(BLOCK // max(n, 1), 1)
     return (slice(i, i + step) for i in range(0, R, step))
 
 
-def _failed(errors: dict[str, float], budget: dict[str, float]) -> str:
+def first_failed(errors: dict[str, float], budget: dict[str, float]) -> str:
     return ", ".join(f"{k}: {errors[k]:.3g} > {budget[k]:.3g}" for k in errors if not errors[k] <= budget[k])
 
 
-def _mistrust(why: str) -> Judgement:
+def mistrust(why: str) -> Judgement:
     return Judgement(False, detail=why, mistrusted=True)
 
 
 def _unlike(x: Tensor, y: Tensor, b: Tensor, unit: float) -> str:
     if b.shape != y.shape:
-        raise HalError("CONTRACT", f"emulation {_kind(b)}, oracle {_kind(y)}", fix="both are runs of one reference")
+        raise HalError("CONTRACT", f"emulation {kind(b)}, oracle {kind(y)}", fix="both are runs of one reference")
     if x.shape != y.shape:
         return f"shape: got {list(x.shape)}, expected {list(y.shape)}"
     # Else a coarser result would be measured with a coarser budget. b may be a wider carrier of storage numbers.
@@ -387,7 +322,7 @@ def _unlike(x: Tensor, y: Tensor, b: Tensor, unit: float) -> str:
     return "" if fits else f"dtype: got {x.dtype}, expected {b.dtype}"
 
 
-def _kind(t: Tensor) -> str:
+def kind(t: Tensor) -> str:
     return f"{t.dtype} {list(t.shape)}"
 
 

@@ -1,8 +1,8 @@
 """Inputs that are the same bits on every host, and a digest that proves it.
 
 Random bits come from Philox, a counter-based integer generator; integer arithmetic puts them on a grid whose points
-every floating dtype of the catalogue holds exactly. No libm, no rounding and no order of evaluation is involved, so
-a host of another architecture makes the same tensors and a bfloat16 case sees the same numbers as a float32 one.
+the dtype holds exactly. No libm, no rounding and no order of evaluation is involved, so a host of another architecture
+makes the same tensors. Wider dtypes have a finer grid: computing float32 in bfloat16 or TF32 must lose something.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ import torch
 
 from glm5_hal.errors import HalError
 
-#: ``normal``'s grid: k * STEP with |k| <= 126, seven bits.
+#: ``normal``'s grid: k * STEP with |k| <= 126, seven bits: what bfloat16 holds.
 STEP = 2.0**-5
+
+#: Bits that ``normal`` adds below that grid, by dtype.
+FINE_BITS = {"bfloat16": 0, "float16": 3}
+WIDE_BITS = 8
 
 
 class Draw:
@@ -38,12 +42,18 @@ class Draw:
         if not scale > 0 or math.frexp(scale)[0] != 0.5:
             raise HalError("CONTRACT", f"normal: scale {scale} is no power of two", value=scale, fix="use 2.0**n")
         # Four six-bit numbers per word; their sum ends up in the top byte, which it cannot overflow (4 * 63 < 256).
-        words = self._words(math.prod(shape)) & np.uint32(0x3F3F3F3F)
-        bell = ((words * np.uint32(0x01010101)) >> np.uint32(24)).astype(np.int16) - 126
-        return _on_grid(bell, 126, STEP * scale, dtype).reshape(shape)
+        words = self._words(math.prod(shape))
+        sums = (words & np.uint32(0x3F3F3F3F)) * np.uint32(0x01010101)
+        bell = (sums >> np.uint32(24)).astype(np.int32) - 126
+        bits = FINE_BITS.get(dtype, WIDE_BITS)
+        if bits:  # from the two bits of each byte that the bell leaves over, odd so that both signs are as likely
+            spare = (words >> np.uint32(6)) & np.uint32(0x03030303)
+            packed = ((spare * np.uint32(0x01041040)) >> np.uint32(24)).astype(np.int32)
+            bell = (bell << bits) + ((packed >> (8 - bits)) | 1) - (1 << (bits - 1))
+        return _on_grid(bell, 127 << bits, STEP * scale / (1 << bits), dtype).reshape(shape)
 
     def uniform(self, *shape: int, dtype: str = "float32", low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-        """Even over low, low + step, … < high, with the power of two step that makes 65 to 128 of them: 1/128 for [0, 1).
+        """Even over low, low + step, … < high; step is the power of two that makes 65 to 128 of them ([0, 1): 1/128).
 
         Exact in every dtype, bfloat16 too, if low is a multiple of the step and no bound is further from 0 than 256
         steps: [0, 1), [-1, 1), [0.25, 1), [0.5, 1.5). Else a value is rounded to float32 and then to the dtype: still

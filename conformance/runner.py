@@ -72,7 +72,7 @@ def targets(backend: str, device: str | None = None) -> list[Target]:
         raise HalError("UNAVAILABLE", f"backend {name}: {facts.reason}", value=name, fix=facts.fix)
     found = [p for p in catalogue.providers(name) or () if p != "composite"]
     if not found:
-        raise HalError("NO_KERNEL", f"backend {name} has no kernel of its own", value=name, fix="return some in kernels()")
+        raise HalError("NO_KERNEL", f"backend {name} has no kernel of its own", value=name, fix="list some in kernels()")
     if provider and provider not in found:
         raise HalError(
             "UNKNOWN", f"backend {name} has no provider {provider!r}", value=provider, fix=suggest(provider, found)
@@ -202,7 +202,7 @@ def claims(case: Case, choice: Choice, placed: dict[str, Any]) -> frozenset[str]
     recorder = _Recorder()
     case.spec.reference(recorder, **{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in placed.items()})
     return frozenset(
-        a for a in case.spec.attributes if all(a in has or a not in knows for knows, has in recorder.parts)
+        a for a in choice.kernel.provides if all(a in has or a not in knows for knows, has in recorder.parts)
     )
 
 

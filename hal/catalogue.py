@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from glm5_hal import plugins
 from glm5_hal.backend import Device, Kernel, Unavailable
@@ -81,12 +82,15 @@ class Catalogue:
         for kernel in loaded:
             _check_requirements(kernel, known[kernel.op], f"plugin {name}")
         formatted = tuple(_plain_weights_unless_declared(k, "weight_format" in known[k.op].options) for k in loaded)
-        composites = tuple(
-            Kernel(n, "composite", default_of(s), provides=frozenset(s.attributes))
-            for n, s in known.items()
-            if s.composite
-        )
-        return formatted + composites
+        return formatted + tuple(_default(s, default_of(s)) for s in known.values() if s.composite)
+
+
+def _default(spec: OpSpec, fn: Callable[..., Any]) -> Kernel:
+    """A composite's default as a kernel: what is asked of it is asked of its parts in their turn."""
+    if not spec.own_products:
+        return Kernel(spec.name, "composite", fn, provides=frozenset(spec.attributes))
+    claims = frozenset(spec.attributes) - {"batch_invariant"}
+    return _plain_weights_unless_declared(Kernel(spec.name, "composite", fn, provides=claims), True)
 
 
 #: What a requirement may read of a tensor; of an axis or a scalar it reads the "value".

@@ -58,17 +58,14 @@ def watch(*, counters: bool = False, profile: bool = False) -> None:
 def counts() -> dict[str, dict[str, Any]]:
     """Calls, host seconds and fallback selections per ``op[backend:provider]``, most calls first."""
     with _state.lock:
-        calls = _state.calls + Counter()
+        called = [key for key, _ in _state.calls.most_common()]
         return {
             f"{op}[{kernel}]": {
-                "calls": calls[op, kernel],
-                "seconds": _state.seconds[op, kernel],
+                "calls": _state.calls[op, kernel],
+                "seconds": _state.seconds.get((op, kernel), 0.0),
                 "fallback": _state.fallbacks[op, kernel] > 0,
             }
-            for op, kernel in [
-                *(key for key, _ in calls.most_common()),
-                *sorted(_state.fallbacks.keys() - calls.keys()),
-            ]
+            for op, kernel in called + sorted(_state.fallbacks.keys() - set(called))
         }
 
 

@@ -212,6 +212,8 @@ class OpSpec:
         emulate: an honest implementation with the loosest roundings of the contract, where that is not the
             reference in the storage dtype.
         composite: the default implementation is made of other ops.
+        own_products: a composite's body also multiplies matrices in plain torch, beside the ops that it calls. It then
+            takes plain weights only, and cannot promise that a row's bits are independent of the batch.
         source: where the maths comes from.
     """
 
@@ -235,6 +237,7 @@ class OpSpec:
     check_values: Callable[[Mapping[str, Any]], None] | None = None
     emulate: Callable[..., Any] | None = None
     composite: bool = False
+    own_products: bool = False
     since: int = 1
 
     def __post_init__(self) -> None:

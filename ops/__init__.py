@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from functools import cache, lru_cache
+from functools import cache
 from typing import TYPE_CHECKING
 
 if __name__ != "glm5_hal.ops":

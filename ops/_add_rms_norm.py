@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_hal.ops._common.draws import fine
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.ops._rms_norm import rms_norm, rounded_twice
 from glm5_hal.ops._rms_norm import samples as norm_samples
@@ -45,8 +44,8 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     # Rows differ in size by powers of two, so that a scale taken from the wrong row shows. The residual stream is
     # larger than what a block adds to it.
     size = (2.0 ** draw.integers(-3, 4, *shape, 1)).to(getattr(torch, dtype))
-    x = fine(draw, *shape, D, dtype=dtype) * size
-    residual = fine(draw, *shape, D, dtype=dtype, scale=4.0) * size
+    x = draw.normal(*shape, D, dtype=dtype) * size
+    residual = draw.normal(*shape, D, dtype=dtype, scale=4.0) * size
     if sample.axes.get("cancels"):  # what is left of x and residual is small, so eps shows too
         residual = -x + draw.normal(*shape, D, dtype=dtype, scale=2.0**-8)
     weight = draw.uniform(D, dtype=dtype, low=0.25, high=1.0)

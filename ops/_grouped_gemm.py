@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import checks
-from glm5_hal.ops._common.draws import fine, weight_scale
+from glm5_hal.ops._common.draws import weight_scale
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.ops._common.prolog import WEIGHT_FORMAT
 from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Sample
@@ -54,7 +54,7 @@ def expert_weights(draw: Draw, *shape: int, dtype: str, exact: bool = False) -> 
     total = prod(shape)
     one = min(total, PERIOD)
     scale = weight_scale(shape[-1])
-    base = draw.small(one, dtype=dtype) if exact else fine(draw, one, dtype=dtype, scale=scale)
+    base = draw.small(one, dtype=dtype) if exact else draw.normal(one, dtype=dtype, scale=scale)
     tiled = base.repeat(-(-total // one))[:total].view(shape) if total else base.view(shape)
     return tiled if exact else tiled.mul_((2.0 ** (torch.arange(shape[0]) % 3)).to(base.dtype).view(-1, 1, 1))
 
@@ -83,7 +83,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     N, K, rows = axes["N"], axes["K"], axes["rows"]
     used = sum(rows)
     M = used + axes.get("tail", 0)
-    x = draw.small(M, K, dtype=dtype) if exact else fine(draw, M, K, dtype=dtype)
+    x = draw.small(M, K, dtype=dtype) if exact else draw.normal(M, K, dtype=dtype)
     unread = (torch.arange(M) >= used)[:, None].expand(M, K)
     args = {
         "x": x.masked_fill(unread, 77.0),

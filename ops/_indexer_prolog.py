@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import checks, writes
-from glm5_hal.ops._common.draws import fine, weight, weight_scale
+from glm5_hal.ops._common.draws import weight, weight_scale
 from glm5_hal.ops._common.indexer import INDEX_ARGS, INDEX_SCALARS, index_constraints
 from glm5_hal.ops._common.precision import down, linear, up
 from glm5_hal.ops._common.prolog import LAYOUT, ROPE_TABLES, WEIGHT_FORMAT
@@ -121,13 +121,13 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     cos, sin = unit_tables(draw, T, R // 2)
     size = axes.get("size", 1.0) * 2.0 ** draw.integers(-1, 2, T, 1)
     args = {
-        "x": fine(draw, T, E, dtype=dtype) * size.to(getattr(torch, dtype)),
-        "q_c": fine(draw, T, Q, dtype=dtype),
+        "x": draw.normal(T, E, dtype=dtype) * size.to(getattr(torch, dtype)),
+        "q_c": draw.normal(T, Q, dtype=dtype),
         "w_q_b": weight(draw, H * D, Q, dtype),
         "w_k": weight(draw, D, E, dtype),
         "k_norm_weight": draw.uniform(D, dtype=norms, low=0.5, high=1.5),
         "k_norm_bias": draw.uniform(D, dtype=norms, low=-0.5, high=0.5),
-        "w_weights": fine(draw, H, E, dtype=axes.get("weights", dtype), scale=weight_scale(E)),
+        "w_weights": draw.normal(H, E, dtype=axes.get("weights", dtype), scale=weight_scale(E)),
         "cos": cos,
         "sin": sin,
         "slot_mapping": writes.slots(draw, T, axes["N"] * axes["page"], skipped=axes.get("skip", "some")),
@@ -161,6 +161,7 @@ SPEC = OpSpec(
     name="indexer_prolog",
     group="dsa",
     composite=True,
+    own_products=True,
     reference=indexer_prolog,
     emulate=loosest(indexer_prolog),
     args=(

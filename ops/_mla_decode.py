@@ -13,7 +13,6 @@ from torch import Tensor
 
 from glm5_hal.ops._common import caches, checks
 from glm5_hal.ops._common.attention import LATENT_CACHE, attend, cache_constraints, dense_amplification
-from glm5_hal.ops._common.draws import fine
 from glm5_hal.ops._common.latents import latents, pointing_queries
 from glm5_hal.ops._common.paging import causal_limits, requests, slots_of
 from glm5_hal.ops._common.precision import down, up
@@ -124,7 +123,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     H, L, R = (axes[a] for a in "HLR")
     made = latents(sample, dtype, draw)
     T, visible = made.batch.tokens, made.batch.visible()
-    q = fine(draw, T, H, L + R, dtype=dtype, scale=axes.get("q_scale", 1.0))
+    q = draw.normal(T, H, L + R, dtype=dtype, scale=axes.get("q_scale", 1.0))
     if sample.fill == "exact":  # equal scores over a power of two of keys, or one key that takes all
         q = torch.zeros_like(q)
     if axes.get("pointer"):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from glm5_hal.ops._common import checks
 from glm5_hal.ops._common.attention import dense_amplification, softmax
-from glm5_hal.ops._common.draws import fine
 from glm5_hal.ops._common.latents import pointed_keys, pointing_queries, values
 from glm5_hal.ops._common.paging import causal_limits
 from glm5_hal.ops._common.precision import down, up
@@ -109,7 +108,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     lens, causal = axes["lens"], axes.get("causal", True)
     H, Dqk, Dv = axes["H"], axes["Dqk"], axes["Dv"]
     T, S = (sum(n) for n in zip(*lens, strict=True))
-    q = fine(draw, T, H, Dqk, dtype=dtype, scale=axes.get("q_scale", 1.0))
+    q = draw.normal(T, H, Dqk, dtype=dtype, scale=axes.get("q_scale", 1.0))
     k = draw.normal(S, H, Dqk, dtype=dtype)
     v = values(sample, dtype, draw, S, H, Dv)
     limits = [torch.arange(m - n + 1, m + 1) if causal else torch.full((n,), m) for n, m in lens]

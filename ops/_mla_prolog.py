@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glm5_hal.ops._common import checks, writes
 from glm5_hal.ops._common.attention import LATENT_CACHE, cache_constraints
-from glm5_hal.ops._common.draws import fine, weight
+from glm5_hal.ops._common.draws import weight
 from glm5_hal.ops._common.precision import linear, matmul
 from glm5_hal.ops._common.prolog import LAYOUT, ROPE_TABLES, WEIGHT_FORMAT
 from glm5_hal.ops._common.references import loosest
@@ -113,7 +113,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     # Tokens differ in size by powers of two, so that a norm taken from another token shows.
     size = axes.get("size", 1.0) * 2.0 ** draw.integers(-1, 2, T, 1)
     args = {
-        "x": fine(draw, T, E, dtype=dtype) * size.to(getattr(torch, dtype)),
+        "x": draw.normal(T, E, dtype=dtype) * size.to(getattr(torch, dtype)),
         "w_q_a": weight(draw, Q, E, dtype),
         "q_a_norm": draw.uniform(Q, dtype=norms, low=0.5, high=1.5),
         "w_q_b": weight(draw, H * (K + R), Q, dtype),
@@ -142,6 +142,7 @@ SPEC = OpSpec(
     name="mla_prolog",
     group="mla",
     composite=True,
+    own_products=True,
     reference=mla_prolog,
     emulate=loosest(mla_prolog),
     args=(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import checks
-from glm5_hal.ops._common.draws import fine
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Sample
 
@@ -56,7 +55,7 @@ def samples() -> Iterator[Sample]:
 
 def router_weights(draw: Draw, tokens: int, top_k: int) -> Tensor:
     """Weights between 0 and 1, some far smaller than others, fp32."""
-    return fine(draw, tokens, top_k, dtype="float32", scale=2.0**-3) + 0.5
+    return draw.normal(tokens, top_k, dtype="float32", scale=2.0**-3) + 0.5
 
 
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
@@ -69,12 +68,12 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     order = draw.permutation(M)[: int(here.sum())]
     inverse = torch.full((T, K), -1).masked_scatter(here, order).int()
     unread = torch.ones(M, 1, dtype=torch.bool).index_fill(0, order, False).expand(M, D)
-    y = draw.small(M, D, dtype=dtype) if exact else fine(draw, M, D, dtype=dtype)
+    y = draw.small(M, D, dtype=dtype) if exact else draw.normal(M, D, dtype=dtype)
     # No weight is zero in the exact fill: a product of zero would have a sign.
     weights = (1.0 + draw.integers(0, 4, T, K)) / 4 if exact else router_weights(draw, T, K)
     extra = None
     if axes.get("shared"):
-        extra = draw.small(T, D, dtype=dtype) if exact else fine(draw, T, D, dtype=dtype)
+        extra = draw.small(T, D, dtype=dtype) if exact else draw.normal(T, D, dtype=dtype)
     args = {
         "y": y.masked_fill(unread, 77.0),
         "topk_weights": weights.float().masked_fill(~here, 77.0),

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import checks
-from glm5_hal.ops._common.draws import fine
 from glm5_hal.ops._common.prolog import WEIGHT_FORMAT
 from glm5_hal.ops._common.references import loosest
 from glm5_hal.ops._grouped_gemm import expert_weights
@@ -80,12 +79,12 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     ids = chosen_experts(draw, T, K, E, axes.get("elsewhere", 0))
     unread = (ids < 0).all(1, keepdim=True).expand(T, D)
     args = {
-        "x": fine(draw, T, D, dtype=dtype).masked_fill(unread, 77.0),
+        "x": draw.normal(T, D, dtype=dtype).masked_fill(unread, 77.0),
         "topk_weights": router_weights(draw, T, K).masked_fill(ids < 0, 77.0),
         "topk_ids": ids,
         "w_gate_up": expert_weights(draw, E, 2 * I, D, dtype=dtype),
         "w_down": expert_weights(draw, E, D, I, dtype=dtype),
-        "shared": fine(draw, T, D, dtype=dtype) if axes.get("shared") else None,
+        "shared": draw.normal(T, D, dtype=dtype) if axes.get("shared") else None,
         "limit": axes.get("limit"),
         "weight_format": "plain",
     }

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import checks
-from glm5_hal.ops._common.draws import fine
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.spec import FLOATS, Arg, BadInput, BitExact, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar
 
@@ -74,7 +73,7 @@ def samples() -> Iterator[Sample]:
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     T, K, D, E = (sample.axes[a] for a in "TKDE")
     ids = chosen_experts(draw, T, K, E, sample.axes.get("elsewhere", 0))
-    x = fine(draw, T, D, dtype=dtype)
+    x = draw.normal(T, D, dtype=dtype)
     unread = (ids < 0).all(1, keepdim=True).expand(T, D)
     return Inputs({"x": x.masked_fill(unread, 77.0), "topk_ids": ids, "num_experts": E}, {"x": unread})
 

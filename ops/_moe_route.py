@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_hal.ops._common.draws import fine
 from glm5_hal.ops._common.precision import down, exact, up
 from glm5_hal.spec import (
     Arg,
@@ -176,14 +175,14 @@ def samples() -> Iterator[Sample]:
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     axes = sample.axes
     T, E, values = axes["T"], axes["E"], axes.get("values")
-    logits, bias = fine(draw, T, E, dtype=dtype, scale=2.0), None
+    logits, bias = draw.normal(T, E, dtype=dtype, scale=2.0), None
     if values:
         # Few values, far apart, and a few rows of a size of their own: equal scores in every row.
         logits = (draw.integers(0, values, T, E) + draw.integers(0, 8, T, 1)).to(logits.dtype) / 4
         if "n_group" in axes and axes.get("spread", True):
             logits = _distinct_groups(draw, logits, axes["n_group"], values)
     elif axes.get("biased", True):
-        bias = fine(draw, E, dtype=dtype, scale=2.0**-3) + axes.get("shift", 0.0)
+        bias = draw.normal(E, dtype=dtype, scale=2.0**-3) + axes.get("shift", 0.0)
     options = {name: axes[name] for name in OPTIONS if name in axes}
     defaults = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
     scored = {"scoring_func": "sigmoid"}

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_hal.ops._common.draws import fine
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.spec import (
     FLOATS,
@@ -85,7 +84,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
         x, cos, sin = (_nonzero(draw, *dims) for dims in (shape, (T, half), (T, half)))
         x = x.to(getattr(torch, dtype))
     else:
-        x = fine(draw, *shape, dtype=dtype)
+        x = draw.normal(*shape, dtype=dtype)
         cos, sin = unit_tables(draw, T, half)
     return Inputs({"x": x, "cos": cos, "sin": sin, "layout": sample.axes["layout"]})
 

@@ -1,7 +1,7 @@
 """Rotary embedding, gated activation and Hadamard transform.
 
-Each number is the same bits wherever its row stands in a batch. That is true of sums, products and torch.exp; it is not of
-torch.sigmoid, F.silu and products of complex numbers, which a CPU rounds otherwise at the end of a vector loop.
+Each number is the same bits wherever its row stands in a batch. That is true of sums, products and torch.exp; it is not
+of torch.sigmoid, F.silu and products of complex numbers, which a CPU rounds otherwise at the end of a vector loop.
 """
 
 from __future__ import annotations

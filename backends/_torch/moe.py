@@ -9,10 +9,14 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from glm5_hal.backend import kernel
 from glm5_hal.capability import one_of
 from glm5_hal.state import host_list
+
+#: Elements of y that are combined at a time on a CPU.
+BLOCK = 1 << 18
 
 
 @kernel("moe_route", "torch", provides=("deterministic", "batch_invariant", "canonical_ties", "graph_safe"))
@@ -64,9 +68,11 @@ def moe_permute(x: Tensor, topk_ids: Tensor, *, num_experts: int) -> tuple[Tenso
     experts, order = ids.masked_fill(ids < 0, num_experts).sort(stable=True)
     bounds = torch.arange(num_experts + 1, dtype=ids.dtype, device=x.device)
     offsets = torch.searchsorted(experts, bounds, out_int32=True)
-    # Rows that no expert takes come last. They are gathered like the others and overwritten: no length is read.
-    permuted = x.index_select(0, order // max(K, 1)).masked_fill_((experts == num_experts)[:, None], 0)
-    rows = torch.arange(T * K, dtype=torch.int32, device=x.device).masked_fill_(experts == num_experts, -1)
+    # Rows that no expert takes come last. They are copies of a row of zeros, so that no length need be read.
+    absent = experts == num_experts
+    tokens = (order // max(K, 1)).masked_fill_(absent, T)
+    permuted = torch.cat([x, x.new_zeros(1, x.shape[1])]).index_select(0, tokens)
+    rows = torch.arange(T * K, dtype=torch.int32, device=x.device).masked_fill_(absent, -1)
     return permuted, offsets, torch.empty_like(rows).scatter_(0, order, rows).view(T, K)
 
 
@@ -87,13 +93,44 @@ def grouped_gemm(x: Tensor, weight: Tensor, expert_offsets: Tensor, *, weight_fo
 
 @kernel("moe_combine", "torch", provides=("deterministic", "batch_invariant", "graph_safe"))
 def moe_combine(y: Tensor, topk_weights: Tensor, inverse_ids: Tensor, shared: Tensor | None = None) -> Tensor:
-    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-    (T, K), D = inverse_ids.shape, y.shape[1]
-    out = y.new_zeros(T, D, dtype=dtype)
-    for k in range(K if len(y) else 0):
-        rows, weights = inverse_ids[:, k], topk_weights[:, k].to(dtype)
-        part = y.index_select(0, rows.clamp(min=0)).to(dtype).mul_(weights[:, None])
-        out += part.masked_fill_((rows < 0)[:, None], 0.0)  # not multiplied by zero: what stands in may be NaN
+    weights = topk_weights.to(torch.float64 if y.dtype == torch.float64 else torch.float32)
+    if len(y) == 0:
+        out = weights.new_zeros(len(weights), y.shape[1])
+    else:
+        out = (_bags if y.device.type == "cpu" else _slot_by_slot)(y, weights, inverse_ids)
     if shared is not None:
         out += shared
     return out.to(y.dtype)
+
+
+def _slot_by_slot(y: Tensor, weights: Tensor, inverse_ids: Tensor) -> Tensor:
+    out = weights.new_zeros(len(weights), y.shape[1])
+    for rows, weight in zip(inverse_ids.T, weights.T, strict=True):
+        part = y.index_select(0, rows.clamp(min=0)).to(out.dtype).mul_(weight[:, None])
+        out += part.masked_fill_((rows < 0)[:, None], 0.0)  # not multiplied by zero: what stands in may be NaN
+    return out
+
+
+def _bags(y: Tensor, weights: Tensor, inverse_ids: Tensor) -> Tensor:
+    """As weighted bags of embeddings, for which CPUs have a kernel that reads each row once.
+
+    That kernel wants y and its weights in one dtype: y is widened a block of columns at a time, which the cache holds.
+    """
+    here = inverse_ids >= 0
+    counts = here.sum(-1, dtype=inverse_ids.dtype)
+    starts = counts.cumsum(0, dtype=inverse_ids.dtype) - counts
+    rows, weights_of_rows = inverse_ids[here], weights[here]
+
+    def combined(values: Tensor) -> Tensor:
+        return functional.embedding_bag(rows, values, starts, mode="sum", per_sample_weights=weights_of_rows)
+
+    if y.dtype == weights.dtype:
+        return combined(y)
+    (M, D), out = y.shape, weights.new_empty(len(weights), y.shape[1])
+    width = min(D, max(BLOCK // M, 64))
+    room = weights.new_empty(M * width)
+    for start in range(0, D, width):
+        some = y[:, start : start + width]
+        wide = room[: some.numel()].view(some.shape).copy_(some)
+        out[:, start : start + width] = combined(wide)
+    return out

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from glm5_hal.conformance import compare
+from glm5_hal.conformance import compare, selecting
 from glm5_hal.conformance.compare import Judgement
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.conformance.trial import Finding, Trial
@@ -72,7 +72,7 @@ def _judge_one(trial: Trial, run: Run, name: str, rule: Accuracy) -> Judgement:
     if isinstance(rule, Selection):
         scores, tau = rule.scores(args)
         claims = trial.kernel.provides
-        return compare.selection(
+        return selecting.selection(
             x,
             scores,
             tau,

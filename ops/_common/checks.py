@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor
 
 from glm5_hal.errors import HalError
@@ -26,7 +28,7 @@ def in_range(op: str, name: str, tensor: Tensor, low: int, high: int, why: str) 
 def offsets(op: str, name: str, cumulative: Tensor, total: int, what: str) -> None:
     """Cumulative offsets start at 0, never fall, and end at ``total``."""
     values = cumulative.tolist()
-    falls = any(b < a for a, b in zip(values, values[1:], strict=False))
+    falls = any(b < a for a, b in itertools.pairwise(values))
     if not values or values[0] != 0 or falls or values[-1] != total:
         raise HalError(
             "VALUE",

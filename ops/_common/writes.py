@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common.caches import E4M3_NAN, grouped
-from glm5_hal.ops._common.draws import fine
 from glm5_hal.spec import Arg, BadInput, Draw
 from glm5_hal.state import CacheFormat
 
@@ -35,7 +34,7 @@ def held(draw: Draw, fmt: CacheFormat, blocks: int, page: int, dims: tuple[int, 
 
 def rows(draw: Draw, tokens: int, width: int, dtype: str, *, group: int = 0) -> Tensor:
     """Numbers with more bits than bfloat16 keeps (where the dtype has them); groups differ in size by powers of two."""
-    x = fine(draw, tokens, width, dtype=dtype)
+    x = draw.normal(tokens, width, dtype=dtype)
     if not group:
         return x
     sizes: Tensor = 2.0 ** draw.integers(-12, 10, tokens, width // group)

@@ -58,7 +58,17 @@ def installed(*kernels: Made, probe: Callable[[], Device | Unavailable] = probe)
         context.reset()
 
 
-def judge(
+def first_failure(op: str, fn: Callable[..., Any], **how: Any) -> Result | None:
+    """The first case that fails a kernel; None if none does. Takes what `judge` takes."""
+    return next((r for r in results(op, fn, **how) if not r.ok), None)
+
+
+def judge(op: str, fn: Callable[..., Any], **how: Any) -> list[Result]:
+    """What the suite says of one kernel, case by case: `results`, all of them."""
+    return list(results(op, fn, **how))
+
+
+def results(
     op: str,
     fn: Callable[..., Any],
     *,
@@ -71,7 +81,7 @@ def judge(
     errors: bool = False,
     checks: Sequence[str] | None = None,
     parts: Mapping[str, Callable[..., Any]] | None = None,
-) -> list[Result]:
+) -> Iterator[Result]:
     """What the suite says of one kernel, case by case.
 
     ``dtypes`` and ``samples`` are globs; ``errors`` adds the bad inputs; ``checks`` leaves out all others; ``parts``
@@ -82,7 +92,9 @@ def judge(
     chosen = [c for c in _cases(op, level) if _wanted(c, dtypes, samples, errors)]
     with installed(*made), only(checks):
         (target,) = runner.targets(NAME)
-        return [runner.run_case(_subject(case, seed), case, target, seed) for seed in seeds for case in chosen]
+        for seed in seeds:
+            for case in chosen:
+                yield runner.run_case(_subject(case, seed), case, target, seed)
 
 
 @contextmanager

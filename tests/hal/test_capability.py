@@ -153,7 +153,14 @@ def test_the_fix_of_multiple_of_is_a_positive_multiple_near_by(got: int, factor:
     assert no.patch == (("D", new),)
 
 
-ABSENT = [dtype("mask", "bool"), contiguous("mask"), limit("M", 3), at_least("M", 3), multiple_of("M", 3), one_of("M", 3)]
+ABSENT = [
+    dtype("mask", "bool"),
+    contiguous("mask"),
+    limit("M", 3),
+    at_least("M", 3),
+    multiple_of("M", 3),
+    one_of("M", 3),
+]
 
 
 @pytest.mark.parametrize("requirement", ABSENT, ids=lambda r: r.describe())

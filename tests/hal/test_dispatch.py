@@ -72,7 +72,9 @@ pair, crowded = toy(PAIR), toy(CROWD)
 
 
 def test_a_call_of_the_same_signature_is_not_resolved_again() -> None:
-    assert misses(lambda: pair(ones()), lambda: pair(ones()), lambda: pair(ones() * 7), lambda: pair(x=ones(), k=1)) == 0
+    assert (
+        misses(lambda: pair(ones()), lambda: pair(ones()), lambda: pair(ones() * 7), lambda: pair(x=ones(), k=1)) == 0
+    )
 
 
 DIFFERENT: dict[str, Callable[[], Any]] = {
@@ -215,9 +217,7 @@ def test_a_decision_that_was_made_before_a_reset_is_not_stored_after_it(monkeypa
         pair.clear()
         return True
 
-    with installed(
-        stand_in("acme", [kernel_of(PAIR, requires=[when(reset_meanwhile, "r", "f", reads=())])])
-    ):
+    with installed(stand_in("acme", [kernel_of(PAIR, requires=[when(reset_meanwhile, "r", "f", reads=())])])):
         assert pair(ones())[0, 0] == 2
         assert pair._table == {}
 

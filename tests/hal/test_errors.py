@@ -44,7 +44,13 @@ def test_it_crosses_process_boundaries_whole() -> None:
     step = Step("acme", Rejected("DEVICE", "elsewhere", "move it"))
     problem = HalError("NO_KERNEL", "none", value=(1, 2), fix="ask", trace=(step,))
     again = pickle.loads(pickle.dumps(problem))
-    assert (again.code, again.what, again.value, again.fix, again.trace) == ("NO_KERNEL", "none", (1, 2), "ask", (step,))
+    assert (again.code, again.what, again.value, again.fix, again.trace) == (
+        "NO_KERNEL",
+        "none",
+        (1, 2),
+        "ask",
+        (step,),
+    )
     assert str(again) == str(problem)
 
 

@@ -35,7 +35,17 @@ def refused(values: dict[str, Any] | None = None, **tensors: Any) -> HalError:
 
 @pytest.mark.parametrize(
     ("dim", "value"),
-    [("T", 5), ("7", 7), ("T+1", 6), ("2*I", 6), ("T-I", 2), ("T//2", 2), ("H*(K+2*I)", 44), ("T-I-1", 1), ("2*T//3", 3)],
+    [
+        ("T", 5),
+        ("7", 7),
+        ("T+1", 6),
+        ("2*I", 6),
+        ("T-I", 2),
+        ("T//2", 2),
+        ("H*(K+2*I)", 44),
+        ("T-I-1", 1),
+        ("2*T//3", 3),
+    ],
 )
 def test_a_dim_is_arithmetic_on_axes(dim: str, value: int) -> None:
     assert evaluate(dim, {"T": 5, "I": 3, "H": 4, "K": 5}) == value
@@ -51,7 +61,9 @@ def two(x: Tensor, y: Tensor | None = None, *, n: int = 2) -> Tensor:
 
 
 def with_dims(x: str, y: str) -> Any:
-    return spec_of("toy_dims", two, (Arg("x", x, "F", ""), Arg("y", y, "F", "", optional=True)), scalars=(Scalar("n", ""),))
+    return spec_of(
+        "toy_dims", two, (Arg("x", x, "F", ""), Arg("y", y, "F", "", optional=True)), scalars=(Scalar("n", ""),)
+    )
 
 
 @pytest.mark.parametrize(

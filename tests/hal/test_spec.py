@@ -63,9 +63,7 @@ def test_bind_fills_in_defaults() -> None:
     assert PAIR.bind(1, k=5) == {"x": 1, "y": None, "k": 5, "mode": "plain", "flag": False}
 
 
-@pytest.mark.parametrize(
-    ("args", "kwargs"), [((), {}), ((1, 2, 3), {}), ((1,), {"kk": 3}), ((1,), {"x": 2})]
-)
+@pytest.mark.parametrize(("args", "kwargs"), [((), {}), ((1, 2, 3), {}), ((1,), {"kk": 3}), ((1,), {"x": 2})])
 def test_a_malformed_call_is_told_how_it_should_look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     problem = raised(PAIR.bind, *args, **kwargs)
     assert problem.code == "TYPE"
