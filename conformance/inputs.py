@@ -53,16 +53,17 @@ class Draw:
         return _on_grid(bell, 127 << bits, STEP * scale / (1 << bits), dtype).reshape(shape)
 
     def uniform(self, *shape: int, dtype: str = "float32", low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-        """Even over low, low + step, … < high; step is the power of two that makes 65 to 128 of them ([0, 1): 1/128).
+        """Even over low, low + step, … < high, with the power of two step that makes 65 to 128 of them in bfloat16
+        ([0, 1): 1/128), 2**3 times as many in float16 and 2**8 times as many in wider dtypes.
 
-        Exact in every dtype, bfloat16 too, if low is a multiple of the step and no bound is further from 0 than 256
-        steps: [0, 1), [-1, 1), [0.25, 1), [0.5, 1.5). Else a value is rounded to float32 and then to the dtype: still
-        the same bits on every host, but not the same number in every dtype, and it may round to `high` itself.
+        Exact if low is a multiple of the step and no bound is further from 0 than 256 bfloat16 steps: [0, 1), [-1, 1),
+        [0.25, 1), [0.5, 1.5). Else a value is rounded to float32 and then to the dtype: still the same bits on every
+        host, but it may round to `high` itself.
         """
         if not low < high:
             raise HalError("CONTRACT", f"uniform: empty range [{low}, {high})", value=(low, high), fix="low < high")
         mantissa, exponent = math.frexp(high - low)
-        step = 2.0 ** (exponent - (8 if mantissa == 0.5 else 7))
+        step = 2.0 ** (exponent - (8 if mantissa == 0.5 else 7) - FINE_BITS.get(dtype, WIDE_BITS))
         k = self._words(math.prod(shape)) % np.uint32(math.ceil((high - low) / step))
         values = torch.from_numpy(low + k.astype(np.float64) * step)
         if dtype != "float64":

@@ -77,9 +77,10 @@ def _printable(text: str) -> str:
 
 def table(results: Sequence[Result]) -> RenderableType:
     """Verdicts by op and kernel. "unsup" is UNSUPPORTED; "budget" is the largest error as a share of its budget."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    shown = Table(title=None, header_style="bold")
+    shown = Table(box=SIMPLE, header_style="bold", pad_edge=False)
     for column in ("op", "kernel"):
         shown.add_column(column, no_wrap=True)
     for column in ("pass", "fail", "unsup", "other", "budget", "s"):

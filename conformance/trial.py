@@ -121,7 +121,7 @@ def _fresh(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 def stray(placed: torch.Tensor) -> int:
     """How many bytes around a `Trial.place`d tensor, and in its gaps, no longer hold what was put there."""
-    memory = torch.empty(0, dtype=torch.uint8, device=placed.device).set_(placed.untyped_storage())  # type: ignore[call-overload]
+    memory = torch.empty(0, dtype=torch.uint8, device=placed.device).set_(placed.untyped_storage())
     own = torch.zeros(len(memory) // placed.itemsize, dtype=torch.bool, device=placed.device)
     own.as_strided(placed.shape, placed.stride(), placed.storage_offset()).fill_(True)
     return int((memory.view(-1, placed.itemsize)[~own] != FILL).sum())

@@ -150,15 +150,9 @@ class Op:
 
     def _widen(self, resolution: Resolution) -> None:
         """Strides join the key as soon as a kernel that asks for them is among the candidates, accepted or not."""
-        considered = {
-            (backend, provider) for s in resolution.trace for backend, _, provider in [s.candidate.partition(":")]
-        }
         read = {
             name
-            for backend, provider in considered
-            if provider
-            for kernel in context.catalogue().kernels(backend, self.spec.name)
-            if kernel.provider == provider
+            for kernel in resolution.considered
             for requirement in kernel.requires
             for name, what in requirement.reads
             if what == "strides"

@@ -81,11 +81,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Resolution:
-    """The first accepted kernel, if any, and every candidate that was considered on the way."""
+    """The first accepted kernel, if any, every candidate that was considered on the way, and the kernels among them."""
 
     op: str
     chosen: Choice | None
     trace: tuple[Step, ...]
+    considered: tuple[Kernel, ...] = ()
 
 
 def resolve(
@@ -103,15 +104,18 @@ def resolve(
     """
     device_type = _device_type(call)
     trace: list[Step] = []
+    considered: list[Kernel] = []
     chosen: Choice | None = None
     for position, target, entry in _entries(targets, catalogue, device_type):
         for step, kernel in _candidates(spec, call, catalogue, entry, target, require, device_type):
             trace.append(step)
-            if kernel is not None and chosen is None:
-                chosen = Choice(entry.name, kernel, fallback=position > 0)
+            if kernel is not None:
+                considered.append(kernel)
+                if chosen is None and isinstance(step.decision, Accepted):
+                    chosen = Choice(entry.name, kernel, fallback=position > 0)
             if chosen is not None and not exhaustive:
-                return Resolution(spec.name, chosen, tuple(trace))
-    return Resolution(spec.name, chosen, tuple(trace))
+                return Resolution(spec.name, chosen, tuple(trace), tuple(considered))
+    return Resolution(spec.name, chosen, tuple(trace), tuple(considered))
 
 
 def _device_type(call: Signature) -> str:
@@ -180,9 +184,7 @@ def _candidates(
             None,
         )
     for kernel in sorted(kernels, key=lambda k: (k.provider != target.provider, k.rank)):
-        decision = _judge(spec, call, kernel, device, require)
-        step = Step(f"{entry.name}:{kernel.provider}", decision)
-        yield step, kernel if isinstance(decision, Accepted) else None
+        yield Step(f"{entry.name}:{kernel.provider}", _judge(spec, call, kernel, device, require)), kernel
 
 
 def _judge(spec: OpSpec, call: Signature, kernel: Kernel, device: Device, require: frozenset[str]) -> Decision:

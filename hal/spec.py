@@ -11,10 +11,13 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from glm5_hal.backend import ATTRIBUTES
 from glm5_hal.errors import HalError
+
+if TYPE_CHECKING:
+    import torch
 
 #: The dtypes of activations, the common case of a dtype variable.
 FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -137,7 +140,8 @@ class Sample:
     """One point of the input space. ``axes`` is whatever the op's ``inputs`` reads.
 
     ``level`` is the first level that runs it; ``fill`` is "normal" or "exact" (small integers: fp32 sums are exact,
-    and bit equality is demanded); ``tags`` group samples ("glm5", "edge"); "empty" says that an output of zeros is the right answer, not a bad sample.
+    and bit equality is demanded); ``tags`` group samples ("glm5", "edge"); "empty" says that an output of zeros is the
+    right answer, not a bad sample.
     """
 
     id: str
@@ -165,11 +169,11 @@ class Inputs:
 class Draw(Protocol):
     """Random numbers on an exact grid: the same bits on every host, exact in every dtype of the catalogue."""
 
-    def normal(self, *shape: int, dtype: str = "float32", scale: float = 1.0) -> Any: ...
-    def uniform(self, *shape: int, dtype: str = "float32", low: float = 0.0, high: float = 1.0) -> Any: ...
-    def small(self, *shape: int, dtype: str = "float32", bound: int = 4) -> Any: ...
-    def integers(self, low: int, high: int, *shape: int) -> Any: ...
-    def permutation(self, n: int) -> Any: ...
+    def normal(self, *shape: int, dtype: str = "float32", scale: float = 1.0) -> torch.Tensor: ...
+    def uniform(self, *shape: int, dtype: str = "float32", low: float = 0.0, high: float = 1.0) -> torch.Tensor: ...
+    def small(self, *shape: int, dtype: str = "float32", bound: int = 4) -> torch.Tensor: ...
+    def integers(self, low: int, high: int, *shape: int) -> torch.Tensor: ...
+    def permutation(self, n: int) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)

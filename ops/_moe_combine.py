@@ -48,8 +48,8 @@ def samples() -> Iterator[Sample]:
     yield Sample("integers", {**tiny, "elsewhere": 2, "spare": 2, "shared": True}, fill="exact")
     glm = {"K": 8, "D": 6144}
     standard: dict[str, Any] = {"level": "standard", "tags": glm5, "dtypes": ("bfloat16", "float32")}
-    yield Sample("glm5", {**glm, "T": 256, "shared": True}, **standard)
-    yield Sample("glm5-ep32", {**glm, "T": 512, "elsewhere": 7}, **standard)
+    yield Sample("glm5", {**glm, "T": 128, "shared": True}, **standard)
+    yield Sample("glm5-ep32", {**glm, "T": 256, "elsewhere": 7}, **standard)
     yield Sample("glm5-decode", {**glm, "T": 4, "shared": True}, **standard)
 
 

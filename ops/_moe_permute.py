@@ -65,8 +65,8 @@ def samples() -> Iterator[Sample]:
     yield Sample("one_expert", {**tiny, "K": 1, "E": 1}, tags=edge)
     yield Sample("no_tokens", {**tiny, "T": 0}, tags=edge)
     standard: dict[str, Any] = {"level": "standard", "tags": glm5, "dtypes": ("bfloat16",)}
-    yield Sample("glm5", {"T": 256, "K": 8, "D": 6144, "E": 256}, **standard)
-    yield Sample("glm5-ep32", {"T": 512, "K": 8, "D": 6144, "E": 8, "elsewhere": 6}, **standard)
+    yield Sample("glm5", {"T": 128, "K": 8, "D": 6144, "E": 256}, **standard)
+    yield Sample("glm5-ep32", {"T": 256, "K": 8, "D": 6144, "E": 8, "elsewhere": 6}, **standard)
     yield Sample("glm5-decode", {"T": 4, "K": 8, "D": 6144, "E": 256}, "standard", tags=glm5)
 
 

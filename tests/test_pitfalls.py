@@ -11,7 +11,7 @@ TABLE = (ROOT / "docs/pitfalls.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| (\d+) \|(.*)\|(.*)\|$", TABLE, re.MULTILINE)
 
 
-def tests_in(path: Path) -> set[str]:
+def names_in(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 
@@ -31,6 +31,6 @@ def test_every_named_test_exists() -> None:
     missing = []
     for path, name in named:
         file = ROOT / path
-        if not file.exists() or (name not in tests_in(file) and not (name == "*" and tests_in(file))):
+        if not file.exists() or (name not in names_in(file) and not (name == "*" and names_in(file))):
             missing.append(f"{path}::{name}")
     assert not missing

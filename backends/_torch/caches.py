@@ -67,7 +67,8 @@ class Tiles:
         tile = self._tile[:n]
         if self._fmt.group:
             _decode_e4m3(raw["latent"], self._bits[:, :n], tile[:, : self._latent])
-            tile[:, : self._latent].unflatten(-1, (-1, self._fmt.group)).mul_(raw["scale"].view(torch.float32)[..., None])
+            groups = tile[:, : self._latent].view(n, -1, self._fmt.group)
+            groups.mul_(raw["scale"].view(torch.float32)[..., None])
             if "rope" in raw:
                 tile[:, self._latent :].copy_(raw["rope"].view(torch.bfloat16))
         elif not self._whole:
@@ -88,7 +89,7 @@ def _fields(fmt: CacheFormat, caches: tuple[Tensor, ...], latent: int, rope: int
     for name in fmt.fields:
         if fmt.block_major:
             span = cache.shape[1] * widths[name]
-            views[name] = cache.flatten(1)[:, start : start + span].unflatten(1, (cache.shape[1], widths[name]))
+            views[name] = cache.flatten(1)[:, start : start + span].view(-1, cache.shape[1], widths[name])
             start += span
         else:
             views[name] = cache[..., start : start + widths[name]]

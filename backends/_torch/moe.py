@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from glm5_hal.backend import kernel
-from glm5_hal.capability import one_of
+from glm5_hal.backends._torch import caches
 from glm5_hal.state import host_list
 
 #: Elements of y that are combined at a time on a CPU.
@@ -76,7 +76,7 @@ def moe_permute(x: Tensor, topk_ids: Tensor, *, num_experts: int) -> tuple[Tenso
     return permuted, offsets, torch.empty_like(rows).scatter_(0, order, rows).view(T, K)
 
 
-@kernel("grouped_gemm", "torch", requires=(one_of("weight_format", "plain"),), provides=("deterministic",))
+@kernel("grouped_gemm", "torch", provides=("deterministic",))
 def grouped_gemm(x: Tensor, weight: Tensor, expert_offsets: Tensor, *, weight_format: str = "plain") -> Tensor:
     y = x.new_zeros(x.shape[0], weight.shape[1])
     # A CPU multiplies float16 a hundred times slower than float32.
@@ -97,7 +97,7 @@ def moe_combine(y: Tensor, topk_weights: Tensor, inverse_ids: Tensor, shared: Te
     if len(y) == 0:
         out = weights.new_zeros(len(weights), y.shape[1])
     else:
-        out = (_bags if y.device.type == "cpu" else _slot_by_slot)(y, weights, inverse_ids)
+        out = (_bags if y.device.type in caches.HOST_MEMORY else _slot_by_slot)(y, weights, inverse_ids)
     if shared is not None:
         out += shared
     return out.to(y.dtype)

@@ -22,7 +22,7 @@ from glm5_hal.spec import (
     Given,
     Selection,
 )
-from glm5_hal.state import FORMATS
+from glm5_hal.state import FORMATS, CacheFormat
 
 #: What a strictly sequential fp32 sum over n terms may lose, in units of its roundoff, is about sqrt(n) (measured:
 #: 0.4 on random signs, 0.6 on equal ones); twice that is the floor of every budget.
@@ -112,6 +112,14 @@ def _cache_contents(trial: Trial, run: Run, name: str, rule: CacheContents) -> J
         stray = _stray_write(args[tensor], run.mutated[tensor], caches.written(fmt, args, slots, tensor))
         if stray:
             return Judgement(False, {}, {}, f"{tensor} was written outside slot_mapping: {stray}")
+    if fmt.group:
+        scale, true = (_scales(fmt, r.mutated[name], slots, args) for r in (run, trial.expected.truth))
+        other = int((scale != true).sum())
+        # A maximum that is rounded otherwise may reach the next power of two, now and then.
+        if not (torch.frexp(scale).mantissa == 0.5).all() or other > 1 + scale.numel() // 8:
+            return Judgement(
+                False, {}, {}, f"{other} of {scale.numel()} scales are not the power of two of their group"
+            )
     x, y, b = (
         _rows(fmt.name, {t: r.mutated[t] for t in fmt.tensors}, slots, args)
         for r in (run, trial.expected.truth, trial.expected.honest)
@@ -126,6 +134,19 @@ def _rows(fmt: str, tensors: Mapping[str, torch.Tensor], slots: torch.Tensor, ar
         FORMATS[fmt], tuple(tensors.values()), slots, caches.latent_dim(FORMATS[fmt], args)
     )
     return latent if rope is None else torch.cat([latent, rope], -1)
+
+
+def _scales(fmt: CacheFormat, cache: torch.Tensor, slots: torch.Tensor, args: Mapping[str, Any]) -> torch.Tensor:
+    """The fp32 scales [n, groups] of rows of a quantised cache."""
+    latent = caches.latent_dim(fmt, args)
+    widths = {"latent": latent, "scale": 4 * (latent // fmt.group)}
+    widths["rope"] = cache.shape[-1] - sum(widths.values())
+    before = sum(widths[field] for field in fmt.fields[: fmt.fields.index("scale")])
+    page, width = cache.shape[1], widths["scale"]
+    at = slots % page
+    start = before * page + at * width if fmt.block_major else at * cache.shape[-1] + before
+    columns = start[:, None] + torch.arange(width)
+    return cache.flatten(1)[(slots // page)[:, None], columns].view(torch.float32)
 
 
 def _stray_write(before: torch.Tensor, after: torch.Tensor, written: torch.Tensor) -> str | None:

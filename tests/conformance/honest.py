@@ -373,7 +373,7 @@ def topk(
     def body(a: Args) -> Tensor:
         out = torch.full((len(a.scores), a.top_k), fill, dtype=torch.int32)
         for t, row in enumerate(a.scores.float()):
-            row = row[: length(int(a.seq_lens[t]))] + 0.0
+            row = row[: length(int(a.seq_lens[t]))]
             at = eligible(row).nonzero()[:, 0]
             found = at[best(row[at], a.top_k)]
             out[t, : len(found)] = (found.sort().values if ascending else found).int()

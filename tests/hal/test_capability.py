@@ -133,7 +133,7 @@ def test_the_answer_depends_on_nothing_but_what_it_reads(name: str) -> None:
         for tensor, meta in subject.tensors.items():
             if meta is None:
                 continue
-            others = {"dtype": "int8", "shape": (9, 9), "strides": (1, 9), "device": "elsewhere"}
+            others: dict[str, Any] = {"dtype": "int8", "shape": (9, 9), "strides": (1, 9), "device": "elsewhere"}
             read = {what for read_name, what in requirement.reads if read_name == tensor}
             loose = {k: v for k, v in others.items() if k not in read}
             changed = dataclasses.replace(

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import PAIR, PIPE, TOYS, installed, kernel_of, published, raised, spec_of, stand_in
 from torch import Tensor
+from toys import PAIR, PIPE, TOYS, installed, kernel_of, published, raised, spec_of, stand_in
 
 from glm5_hal.backend import Device, Kernel, Unavailable
 from glm5_hal.capability import dtype, limit, one_of, when
@@ -130,7 +130,12 @@ def test_the_installed_backends_are_discovered_only_when_asked_for(monkeypatch: 
     from glm5_hal import plugins
 
     asked: list[int] = []
-    monkeypatch.setattr(plugins, "discover", lambda: asked.append(1) or (stand_in("acme"),))
+
+    def discover() -> tuple[PluginRecord, ...]:
+        asked.append(1)
+        return (stand_in("acme"),)
+
+    monkeypatch.setattr(plugins, "discover", discover)
     catalogue = Catalogue()
     assert asked == []
     assert [r.name for r in catalogue.records] == [r.name for r in catalogue.records] == ["acme"]

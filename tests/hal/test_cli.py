@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Done:
 
 
 @pytest.fixture
-def run(fresh: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
+def run(fresh: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """The command in this process: its exit code and what it printed."""
     fresh.setenv("COLUMNS", "200")
     fresh.setattr(plugins, "probe_in_subprocess", lambda record, timeout: plugins.probe(record, None))
@@ -45,7 +45,7 @@ def run(fresh: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterat
         said = capsys.readouterr()
         return Done(left.value.code, said.out, said.err)
 
-    yield call
+    return call
 
 
 # Every command as data

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 
 import pytest
 from toys import raised
@@ -22,9 +21,7 @@ def now() -> tuple[str, str, frozenset[str], str]:
 DEFAULT = ("auto", "default", frozenset[str](), "auto")
 
 
-@pytest.fixture(autouse=True)
-def _fresh(fresh: pytest.MonkeyPatch) -> Iterator[None]:
-    yield
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def test_without_any_setting() -> None:
@@ -104,7 +101,7 @@ def test_use_does_not_need_the_environment(fresh: pytest.MonkeyPatch) -> None:
 )
 def test_a_use_that_is_wrong_changes_nothing(arguments: dict[str, str], code: str, words: str) -> None:
     def enter() -> None:
-        with glm5_hal.use(**arguments):  # type: ignore[arg-type]
+        with glm5_hal.use(**arguments):
             raise AssertionError("entered")
 
     problem = raised(enter)
@@ -155,7 +152,7 @@ def test_tasks_inherit_the_policy_and_do_not_see_each_others() -> None:
 
     async def main() -> list[tuple[str, str]]:
         with glm5_hal.use("cpu"):
-            return await asyncio.gather(work("cpu:torch"), work("cpu:reference"))
+            return list(await asyncio.gather(work("cpu:torch"), work("cpu:reference")))
 
     assert asyncio.run(main()) == [("cpu", "cpu:torch"), ("cpu", "cpu:reference")]
 

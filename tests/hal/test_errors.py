@@ -101,10 +101,10 @@ def test_every_code_is_explained() -> None:
 
 def test_an_error_never_causes_itself() -> None:
     """A walker of ``__cause__`` must come to an end."""
+    import torch
     from toys import raised
 
     import glm5_hal
-    import torch
 
     scores = torch.zeros(2, 5)
     problem = raised(glm5_hal.ops.topk_indices, scores, torch.full((2,), 9, dtype=torch.int32), top_k=2)

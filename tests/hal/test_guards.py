@@ -208,7 +208,7 @@ class Call:
         """What happens: the kernel's own answer, or an error's code."""
         op = toy({"toy_pair": PAIR, "toy_crowd": CROWD}[self.op])
         with ExitStack() as stack:
-            stack.enter_context(MODES[self.mode]())  # type: ignore[operator]
+            stack.enter_context(MODES[self.mode]())
             if self.policy:
                 stack.enter_context(glm5_hal.use(**self.policy))
             try:

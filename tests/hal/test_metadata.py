@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 import pytest
-from toys import CROWD, PAIR, WRITE, raised, spec_of
 from torch import Tensor
+from toys import CROWD, PAIR, WRITE, raised, spec_of
 
 from glm5_hal.capability import TensorMeta
 from glm5_hal.errors import HalError
@@ -110,7 +110,7 @@ def test_an_axis_that_is_used_before_it_is_bound_is_the_ops_fault() -> None:
 
 
 def test_only_integers_are_axes() -> None:
-    found = bind_axes(CROWD, {n: None for n in CROWD.tensors}, scalars(k=3))
+    found = bind_axes(CROWD, dict.fromkeys(CROWD.tensors), scalars(k=3))
     assert found == {"k": 3}
 
 

@@ -200,8 +200,8 @@ def test_an_attribute_that_the_op_does_not_know_is_not_asked_of_it() -> None:
 # Every way to say no
 
 
-def broken(name: str, **fields: str) -> PluginRecord:
-    return PluginRecord(name, "m", "d", "1", False, "broken", **fields)
+def broken(name: str, code: str, reason: str, fix: str) -> PluginRecord:
+    return PluginRecord(name, "m", "d", "1", False, "broken", code, reason, fix)
 
 
 def raises() -> list[Kernel]:
@@ -234,7 +234,7 @@ WAYS: dict[str, tuple[PluginRecord, str, str]] = {
         "UNAVAILABLE",
         "no card",
     ),
-    "a probe that raises": (quux(probe=lambda: 1 / 0), "UNAVAILABLE", "ZeroDivisionError"),  # type: ignore[arg-type, return-value]
+    "a probe that raises": (quux(probe=lambda: 1 / 0), "UNAVAILABLE", "ZeroDivisionError"),
     "kernels() raises": (stand_in("quux", raises, device_type="quux"), "PLUGIN", "no memory"),
     "a kernel for no op": (
         stand_in("quux", [Kernel("nothing", "native", print)], device_type="quux"),

@@ -7,8 +7,8 @@ import inspect
 from typing import Any
 
 import pytest
-from toys import CROWD, PAIR, PIPE, WRITE, raised
 from torch import Tensor
+from toys import CROWD, PAIR, PIPE, WRITE, raised
 
 from glm5_hal.spec import Arg, BitExact, OpSpec, Sample, Scalar
 

@@ -177,7 +177,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry per read of a tensor's values."""
     made: list[int] = []
     tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: made.append(1) or tolist(t))
+
+    def read(tensor: torch.Tensor) -> Any:
+        made.append(1)
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
     return made
 
 
@@ -245,13 +250,17 @@ def test_other_elements_of_the_same_memory_are_not_the_plans() -> None:
 
 
 def test_a_plan_whose_lengths_were_written_since_is_not_believed(plan: StepPlan) -> None:
-    built = []
-    assert schedule("tiles", lambda: built.append(1) or "old") == "old"
+    built: list[str] = []
+
+    def build() -> int:
+        built.append("tiles")
+        return len(built)
+
+    assert schedule("tiles", build) == schedule("tiles", build) == 1
     plan.seq_lens.add_(1)
     assert host_list(plan.seq_lens) == (8, 4, 10)
     assert host_list(plan.cu_seqlens_q) == (0, 2, 2, 5), "the other one was not written"
-    assert schedule("tiles", lambda: built.append(1) or "new") == "new"
-    assert len(built) == 2
+    assert schedule("tiles", build) == 2
 
 
 def test_inference_tensors_are_believed() -> None:
@@ -265,10 +274,15 @@ def test_inference_tensors_are_believed() -> None:
 
 def test_plans_nest_and_end_with_their_block(plan: StepPlan) -> None:
     inner = StepPlan.build(*batch([1], [1]))
-    with pytest.raises(RuntimeError), inner.active():
-        assert current_plan() is inner
-        assert host_list(inner.seq_lens) == (1,)
-        raise RuntimeError
+
+    def fail() -> None:
+        with inner.active():
+            assert current_plan() is inner
+            assert host_list(inner.seq_lens) == (1,)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert current_plan() is plan
     assert host_list(plan.seq_lens) == (7, 3, 9)
 
@@ -301,20 +315,19 @@ def test_a_schedule_may_be_built_from_another(plan: StepPlan) -> None:
 
 
 def test_without_a_plan_a_schedule_is_built_every_time() -> None:
-    built: list[int] = []
-    for _ in range(2):
-        schedule("a", lambda: built.append(1))
-    assert built == [1, 1]
+    numbers = itertools.count()
+    assert [schedule("a", lambda: next(numbers)) for _ in range(2)] == [0, 1]
 
 
 def test_a_schedule_is_built_once_by_many_threads(plan: StepPlan) -> None:
     import contextvars
 
     built: list[int] = []
-    threads = [
-        threading.Thread(target=contextvars.copy_context().run, args=(schedule, "a", lambda: built.append(1) or "made"))
-        for _ in range(8)
-    ]
+
+    def build() -> None:
+        built.append(1)
+
+    threads = [threading.Thread(target=contextvars.copy_context().run, args=(schedule, "a", build)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -6,11 +6,14 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 from toys import (
     CROWD,
     PAIR,
@@ -25,9 +28,6 @@ from toys import (
     stand_in,
     toy,
 )
-from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.utils._pytree import tree_map_only
 
 import glm5_hal
 from glm5_hal import ops
@@ -36,7 +36,10 @@ from glm5_hal.ops import names, specs
 from glm5_hal.torchlib import differentiable, schema
 
 every_op = pytest.mark.parametrize("name", names())
-compiled = {"fullgraph": True, "backend": "aot_eager"}
+
+
+def compiled(fn: Callable[..., Any], *, dynamic: bool | None = None) -> Callable[..., Any]:
+    return torch.compile(fn, fullgraph=True, dynamic=dynamic, backend="aot_eager")
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +142,7 @@ def test_a_compiled_call_equals_an_eager_one(name: str) -> None:
     op = getattr(ops, name)
     args = first_sample(specs()[name])
     want, left = outcome(name, op, args)
-    got, found = outcome(name, torch.compile(lambda **kw: op(**kw), **compiled), args)
+    got, found = outcome(name, compiled(lambda **kw: op(**kw)), args)
     for a, b in zip((*_flat(got), *found.values()), (*_flat(want), *left.values()), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
@@ -188,10 +191,10 @@ def test_new_sizes_do_not_compile_anew() -> None:
 
 
 def test_a_scalar_may_come_from_a_size() -> None:
-    def half(scores: Tensor, lens: Tensor) -> Tensor:
+    def half(scores: Tensor, lens: Tensor) -> Any:
         return ops.topk_indices(scores, lens, top_k=scores.shape[1] // 2)
 
-    choose = torch.compile(half, dynamic=True, **compiled)  # type: ignore[call-overload]
+    choose = compiled(half, dynamic=True)
     for keys in (8, 12):
         scores, lens = torch.randn(3, keys), torch.full((3,), keys, dtype=torch.int32)
         assert choose(scores, lens).shape == (3, keys // 2)
@@ -210,7 +213,7 @@ def test_the_policy_that_holds_when_compiled_code_runs_chooses_the_kernel() -> N
 
     with published(), installed(kernel("first"), kernel("second")):
         pair = toy(PAIR)
-        add = torch.compile(lambda x: pair(x), **compiled)
+        add = compiled(lambda x: pair(x))
         for policy in ("first", "second", "first"):
             with glm5_hal.use(policy), torch.inference_mode():
                 add(torch.ones(2, 3))
@@ -227,7 +230,7 @@ def test_an_op_that_writes_is_written_once_in_compiled_code() -> None:
             return cache * 10
 
         cache = torch.zeros(2, 3)
-        out = torch.compile(step, **compiled)(torch.ones(2, 3), cache)  # type: ignore[call-overload]
+        out = compiled(step)(torch.ones(2, 3), cache)
         assert cache.eq(2).all()
         assert out.eq(20).all()
 
@@ -280,37 +283,37 @@ def asking() -> tuple[Tensor, Tensor]:
     return torch.randn(2, 8), torch.nn.Parameter(torch.ones(8))
 
 
-def norm(x: Tensor, w: Tensor) -> Tensor:
+def norm(x: Tensor, w: Tensor) -> Any:
     return ops.rms_norm(x, w, eps=1e-5)
 
 
 def test_a_gradient_is_refused_when_the_call_is_traced() -> None:
     """Compiled code runs without autograd, so a gradient that is not refused here would be lost in silence."""
-    step = torch.compile(norm, **compiled)
+    step = compiled(norm)
     with pytest.raises(Exception, match=r"HalError\('GRAD', .*torch\.inference_mode\(\)"):
         step(*asking())
-    through_torch = torch.compile(lambda x, w: torch.ops.glm5.rms_norm(x, w, eps=1e-5), **compiled)
+    through_torch = compiled(lambda x, w: torch.ops.glm5.rms_norm(x, w, eps=1e-5))
     with pytest.raises(Exception, match=r"HalError\('GRAD'"):
         through_torch(*asking())
-    inner = torch.compile(lambda x, w: norm(x * w, w.detach()), **compiled)
+    inner = compiled(lambda x, w: norm(x * w, w.detach()))
     with pytest.raises(Exception, match=r"HalError\('GRAD'"):
         inner(*asking())
 
 
 def test_weights_that_require_gradients_compile_where_none_is_asked_for() -> None:
     x, w = asking()
-    step = torch.compile(norm, **compiled)
+    step = compiled(norm)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert torch.equal(step(x, w), norm(x, w))
     with pytest.raises(Exception, match="GRAD"):
         step(x, w)
 
-    def inside(x: Tensor, w: Tensor) -> Tensor:
+    def inside(x: Tensor, w: Tensor) -> Any:
         with torch.no_grad():
             return norm(x, w)
 
-    assert not torch.compile(inside, **compiled)(x, w).requires_grad  # type: ignore[call-overload]
+    assert not compiled(inside)(x, w).requires_grad
 
 
 def test_a_functional_gradient_is_refused() -> None:
