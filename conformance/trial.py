@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,6 +55,7 @@ class Trial:
         self.case, self.inputs, self.kernel, self.device, self.expected = case, inputs, kernel, device, expected
         self.facts, self.other = facts, other
         self._call = call
+        self.kernel_seconds = 0.0
 
     @cached_property
     def axes(self) -> Mapping[str, Any]:
@@ -89,15 +91,16 @@ class Trial:
 
         Other numbers were in the same memory a call before, so that what a kernel keeps from call to call shows.
         """
-        if self.other is None:
-            placed = self.place(self.inputs.args)
-            return placed, self.call(**placed)
-        placed = self.place(self.other)
-        self.call(**placed)
-        for name, value in placed.items():
-            if isinstance(value, torch.Tensor):
-                value.copy_(self.inputs.args[name])
-        return placed, self.call(**placed)
+        placed = self.place(self.other or self.inputs.args)
+        if self.other is not None:
+            self.call(**placed)
+            for name, value in placed.items():
+                if isinstance(value, torch.Tensor):
+                    value.copy_(self.inputs.args[name])
+        start = time.perf_counter()
+        returned = self.call(**placed)
+        self.kernel_seconds = time.perf_counter() - start
+        return placed, returned
 
     @cached_property
     def first(self) -> Run:

@@ -14,8 +14,8 @@ from glm5_hal.backends._torch.topk import choose
 from glm5_hal.ops._common.paging import requests
 from glm5_hal.state import FORMATS
 
-#: Keys per tile: 4096 rows of 128 numbers in fp32 are 2 MB.
-KEYS = 4096
+#: Keys per tile: 2048 rows of 128 numbers in fp32 are 1 MB.
+KEYS = 2048
 #: Tokens of one request that share a tile, and whose scores are kept at a time. Each has its own products, so that its
 #: bits do not depend on the others.
 TOKENS = 16

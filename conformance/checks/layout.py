@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def check(trial: Trial) -> Finding:
             continue
         ran, finding, stray = True, judge(trial, run), stray_writes(placed)
         if not finding.ok or stray:
-            return Finding(False, f"layout {label}: {finding.detail or stray}")
+            return replace(finding, ok=False, detail=f"layout {label}: {finding.detail or stray}")
     return Finding(ran or None, "; ".join(dict.fromkeys(refused)))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from glm5_hal.conformance.checks.accuracy import judge
@@ -26,7 +28,8 @@ def check(trial: Trial) -> Finding:
         else:
             finding = judge(trial, run)
             if not finding.ok:
-                return Finding(False, f"with {label} in what must not be read ({', '.join(masks)}): {finding.detail}")
+                what = f"with {label} in what must not be read ({', '.join(masks)}): {finding.detail}"
+                return replace(finding, detail=what)
     return Finding(True)
 
 

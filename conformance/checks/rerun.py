@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from glm5_hal.conformance.checks.accuracy import judge
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.conformance.trial import Finding, Trial, same_bits
@@ -17,7 +19,7 @@ def check(trial: Trial) -> Finding:
             if different:
                 return Finding(False, f"run {again} differs from run 1 in {different}")
         elif not (finding := judge(trial, run)).ok:
-            return Finding(False, f"run {again}: {finding.detail}")
+            return replace(finding, detail=f"run {again}: {finding.detail}")
     return Finding(True)
 
 

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from glm5_hal.conformance import oracle
+from glm5_hal.conformance import compare, oracle
 from glm5_hal.conformance.inputs import Draw
 from glm5_hal.ops._add_rms_norm import SPEC, add_rms_norm
+from glm5_hal.ops._rms_norm import rms_norm
 from glm5_hal.spec import Sample
 
 SMOKE = [s for s in SPEC.samples() if s.level == "smoke"]
@@ -36,3 +38,34 @@ def test_the_stored_sum_is_rounded_once_and_no_input_is_written() -> None:
     assert torch.equal(out, (x.float() + residual.float()).bfloat16())
     assert torch.equal(x, before[0])
     assert torch.equal(residual, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_it_is_the_unfused_pair_bit_for_bit(dtype: torch.dtype) -> None:
+    x, residual, weight = torch.randn(5, 64).to(dtype), 3 * torch.randn(5, 64).to(dtype), torch.rand(64).to(dtype)
+    y, out = add_rms_norm(x, residual, weight, eps=1e-5)
+    assert torch.equal(out, x + residual)
+    assert torch.equal(y, rms_norm(x + residual, weight, eps=1e-5))
+
+
+def norm_of_the_unrounded_sum(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    h = x.float() + residual.float()
+    return (h / (h.square().mean(-1, keepdim=True) + eps).sqrt() * weight.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_norm_of_the_stored_sum_and_one_of_the_fp32_sum_both_pass(dtype: str) -> None:
+    """Fused kernels in use do either: neither may be failed, and they are not the same."""
+    args = SPEC.inputs(Sample("x", {"T": 40, "D": 512}), dtype, Draw(0, "x")).args
+    truth, honest = oracle.truth(SPEC, args).outs["y"], oracle.emulation(SPEC, args).outs["y"]
+    both = add_rms_norm(**args)[0], norm_of_the_unrounded_sum(**args)
+    assert not torch.equal(*both)
+    for y in both:
+        assert compare.calibrated(y, truth, honest, unit=compare.unit_roundoff(dtype), floor=2e-6).ok
+
+
+def test_eps_counts_where_the_sum_cancels() -> None:
+    x = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+    residual = -x + torch.tensor([[1e-3, 0.0]], dtype=torch.float64)
+    y, _ = add_rms_norm(x, residual, torch.ones(2, dtype=torch.float64), eps=1e-6)
+    assert y[0].tolist() == pytest.approx([1e-3 / math.sqrt(5e-7 + 1e-6), 0.0])

@@ -10,7 +10,7 @@ import torch
 from glm5_hal.conformance import oracle
 from glm5_hal.conformance.inputs import Draw
 from glm5_hal.errors import HalError
-from glm5_hal.ops._grouped_gemm import SPEC, grouped_gemm
+from glm5_hal.ops._grouped_gemm import PERIOD, SPEC, expert_weights, grouped_gemm
 from glm5_hal.spec import Sample
 
 SMOKE = [s for s in SPEC.samples() if s.level == "smoke"]
@@ -55,3 +55,20 @@ def test_offsets_out_of_order_are_refused(offsets: list[int]) -> None:
             }
         )
     assert refused.value.code == "VALUE"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sums_are_kept_in_float32_and_rounded_once(dtype: str) -> None:
+    unit = torch.finfo(getattr(torch, dtype)).eps / 2
+    x = torch.full((1, 257), unit).to(getattr(torch, dtype))
+    x[0, 0] = 1.0  # each further term is lost beside 1 in the storage dtype; together they are 256 units
+    y = grouped_gemm(x, torch.ones(1, 1, 257, dtype=x.dtype), torch.tensor([0, 1]).int())
+    assert y.item() == 1 + 256 * unit
+
+
+def test_no_two_rows_of_sample_weights_are_alike() -> None:
+    """They are tiled from one draw: rows must still differ, or a wrong row or expert would not show."""
+    weight = expert_weights(Draw(0, "x"), 3, 512, 1024, dtype="bfloat16").flatten(0, 1)
+    assert weight.numel() > PERIOD
+    assert len(weight.unique(dim=0)) == len(weight)
+    assert all(s.axes["N"] * len(s.axes["rows"]) < PERIOD for s in SPEC.samples())

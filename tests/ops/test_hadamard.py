@@ -9,6 +9,8 @@ import torch
 
 from glm5_hal.conformance import oracle
 from glm5_hal.conformance.inputs import Draw
+from glm5_hal.errors import HalError
+from glm5_hal.metadata import check_constraints
 from glm5_hal.ops._hadamard import SPEC, hadamard
 from glm5_hal.spec import Sample
 
@@ -31,3 +33,25 @@ def test_with_scale_one_over_root_d_it_is_its_own_inverse_and_keeps_inner_produc
     turned = [hadamard(v[None], scale=128**-0.5)[0] for v in (x, y)]
     torch.testing.assert_close(turned[0] @ turned[1], x @ y)
     torch.testing.assert_close(hadamard(turned[0][None], scale=128**-0.5)[0], x)
+
+
+def test_sylvesters_order() -> None:
+    rows = [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
+    assert hadamard(torch.eye(4), scale=1.0).tolist() == rows
+    assert hadamard(torch.eye(4), scale=0.5).tolist() == [[0.5 * v for v in row] for row in rows]
+
+
+def test_one_number_is_only_scaled() -> None:
+    assert hadamard(torch.tensor([[3.0]]), scale=0.5).tolist() == [[1.5]]
+
+
+def test_small_integers_lose_nothing_even_in_half_precision() -> None:
+    x = torch.arange(128).remainder(9).sub(4).half()
+    assert torch.equal(hadamard(x[None], scale=0.125).double(), hadamard(x[None].double(), scale=0.125))
+
+
+@pytest.mark.parametrize("wrong", [0, 3, 48])
+def test_other_widths_are_refused(wrong: int) -> None:
+    with pytest.raises(HalError) as refused:
+        check_constraints(SPEC, {"D": wrong}, {"scale": 1.0}, {"x": "float32"})
+    assert refused.value.code == "SHAPE"

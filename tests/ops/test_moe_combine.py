@@ -9,6 +9,7 @@ import torch
 
 from glm5_hal.conformance import oracle
 from glm5_hal.conformance.inputs import Draw
+from glm5_hal.errors import HalError
 from glm5_hal.ops._moe_combine import SPEC, moe_combine
 from glm5_hal.spec import Sample
 
@@ -42,3 +43,22 @@ def test_it_is_rounded_once() -> None:
     y = torch.tensor([[1.0], [2.0**-8], [2.0**-8]]).bfloat16()
     out = moe_combine(y, torch.ones(1, 3), torch.tensor([[0, 1, 2]]).int())
     assert out.item() == 1.0078125
+
+
+def test_what_no_id_names_is_not_read() -> None:
+    for sample in SMOKE:
+        made = SPEC.inputs(sample, "float32", Draw(0, sample.id))
+        poisoned = {k: v.masked_fill(made.poison[k], math.nan) if k in made.poison else v for k, v in made.args.items()}
+        assert torch.equal(moe_combine(**made.args), moe_combine(**poisoned)), sample.id
+
+
+@pytest.mark.parametrize(("row", "ok"), [(-2, False), (-1, True), (2, True), (3, False)])
+def test_rows_are_checked(row: int, ok: bool) -> None:
+    args = {"y": torch.ones(3, 1), "topk_weights": torch.ones(1, 1), "inverse_ids": torch.tensor([[row]]).int()}
+    assert SPEC.check_values is not None
+    if ok:
+        SPEC.check_values(args)
+        return
+    with pytest.raises(HalError, match="inverse_ids") as refused:
+        SPEC.check_values(args)
+    assert refused.value.code == "VALUE"

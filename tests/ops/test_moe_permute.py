@@ -10,7 +10,7 @@ import torch
 from glm5_hal.conformance.inputs import Draw
 from glm5_hal.errors import HalError
 from glm5_hal.ops._moe_combine import moe_combine
-from glm5_hal.ops._moe_permute import SPEC, moe_permute
+from glm5_hal.ops._moe_permute import SPEC, chosen_experts, moe_permute
 from glm5_hal.spec import Sample
 
 SMOKE = [s for s in SPEC.samples() if s.level == "smoke"]
@@ -59,3 +59,19 @@ def test_ids_out_of_range_are_refused(wrong: int) -> None:
     with pytest.raises(HalError) as refused:
         SPEC.check_values({"x": torch.ones(1, 1), "topk_ids": torch.tensor([[wrong]]), "num_experts": 3})
     assert (refused.value.code, refused.value.value) == ("VALUE", wrong)
+
+
+def test_the_same_expert_twice_gives_two_rows() -> None:
+    _, offsets, inverse = moe_permute(torch.ones(1, 2), torch.tensor([[1, 1]], dtype=torch.int32), num_experts=2)
+    assert offsets.tolist() == [0, 0, 2]
+    assert inverse.tolist() == [[0, 1]]
+
+
+def test_sampled_experts_are_distinct_and_some_are_elsewhere() -> None:
+    ids = chosen_experts(Draw(0, "x"), 50, 4, 9, elsewhere=4)
+    for row in ids.tolist():
+        here = [i for i in row if i >= 0]
+        assert len(set(here)) == len(here)
+    assert (ids[0] < 0).all()
+    assert (ids[-1] >= 0).all()
+    assert 0.3 < (ids < 0).double().mean() < 0.7

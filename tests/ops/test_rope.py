@@ -11,7 +11,7 @@ import torch
 import glm5_hal
 from glm5_hal.conformance import oracle
 from glm5_hal.conformance.inputs import Draw
-from glm5_hal.ops._rope import SPEC, rope
+from glm5_hal.ops._rope import SPEC, rope, unit_tables
 from glm5_hal.spec import Sample
 
 SMOKE = [s for s in SPEC.samples() if s.level == "smoke"]
@@ -67,3 +67,35 @@ def test_half_precision_is_rounded_once_from_float32() -> None:
     y = rope(x, angle.cos(), angle.sin())
     wide = rope(x.double(), angle.cos(), angle.sin())
     assert ((y.double() - wide).abs() <= 2**-8 * wide.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "half"])
+def test_a_tokens_heads_share_its_angles_whatever_their_dims(layout: str) -> None:
+    x, angle = torch.randn(4, 2, 3, 8, dtype=torch.float64), torch.rand(4, 4, dtype=torch.float64)
+    y = rope(x, angle.cos(), angle.sin(), layout=layout)
+    for t in range(4):
+        one = rope(x[t, 1, 2][None], angle[t : t + 1].cos(), angle[t : t + 1].sin(), layout=layout)
+        assert torch.equal(y[t, 1, 2], one[0])
+
+
+def test_tables_are_used_as_they_are() -> None:
+    """A factor folded into the tables comes out again: they need not lie on the unit circle."""
+    x, angle = torch.randn(3, 8, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(
+        rope(x, 1.5 * angle.cos(), 1.5 * angle.sin()), 1.5 * rope(x, angle.cos(), angle.sin()), rtol=1e-14, atol=1e-14
+    )
+
+
+def test_turning_back_gives_the_input() -> None:
+    x, angle = torch.randn(3, 2, 8, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64)
+    for layout in ("interleaved", "half"):
+        turned = rope(x, angle.cos(), angle.sin(), layout=layout)
+        torch.testing.assert_close(rope(turned, angle.cos(), -angle.sin(), layout=layout), x, rtol=1e-13, atol=1e-13)
+
+
+def test_sample_tables_go_all_round_the_circle() -> None:
+    cos, sin = unit_tables(Draw(0, "x"), 200, 8)
+    assert (cos.double().square() + sin.double().square() - 1).abs().max() < 2**-22
+    assert {(c > 0, s > 0) for c, s in zip(cos.flatten().tolist(), sin.flatten().tolist(), strict=True)} == {
+        (a, b) for a in (False, True) for b in (False, True)
+    }

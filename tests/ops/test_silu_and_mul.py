@@ -9,7 +9,7 @@ import torch
 
 from glm5_hal.conformance import oracle
 from glm5_hal.conformance.inputs import Draw
-from glm5_hal.ops._silu_and_mul import SPEC, silu_and_mul
+from glm5_hal.ops._silu_and_mul import SPEC, rounded_twice, silu_and_mul
 from glm5_hal.spec import Sample
 
 SMOKE = [s for s in SPEC.samples() if s.level == "smoke"]
@@ -50,3 +50,23 @@ def test_the_gate_is_cut_above_only_and_the_other_half_on_both_sides() -> None:
 
 def test_large_negative_gates_give_zero_and_not_nan() -> None:
     assert silu_and_mul(torch.tensor([[-1e4, 3.0]])).item() == 0.0
+
+
+@pytest.mark.parametrize("limit", [None, 10.0])
+def test_nan_in_either_half_stays_nan_through_the_clamp(limit: float | None) -> None:
+    x = torch.tensor([[math.nan, 1.0, 2.0, math.nan]])
+    assert silu_and_mul(x, limit=limit).isnan().all()
+
+
+def test_infinities_are_cut_to_the_limit() -> None:
+    x = torch.tensor([[math.inf, 1.0, 2.0, -math.inf]], dtype=torch.float64)
+    y = silu_and_mul(x, limit=10.0)
+    assert y[0].tolist() == pytest.approx([by_hand(10, 2, None), by_hand(1, -10, None)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_loosest_honest_form_rounds_silu_too(dtype: torch.dtype) -> None:
+    x = torch.randn(64, 256).to(dtype)
+    tight, loose = (f(x).double() for f in (silu_and_mul, rounded_twice))
+    assert not torch.equal(tight, loose)
+    assert ((tight - loose).abs() <= 4 * torch.finfo(dtype).eps * tight.abs() + 2.0**-24).all()

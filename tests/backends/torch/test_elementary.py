@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from judging import NeverWaits, passes, points
+from judging import NeverWaits, arguments, passes, points, smoke
 from torch import Tensor
 
 from glm5_hal.backend import Kernel
@@ -34,10 +34,10 @@ def test_within_the_budgets_of_the_suite(kernel: Kernel, sample: Sample, dtype: 
 
 
 @pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield request.param
+    yield
     torch.set_num_threads(before)
 
 
@@ -76,8 +76,6 @@ def test_a_row_too_long_to_be_summed_by_one_thread_is_refused(kernel: Kernel) ->
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.op)
 def test_no_kernel_that_claims_graph_safe_waits_for_its_device(kernel: Kernel) -> None:
-    from judging import arguments, smoke
-
     assert "graph_safe" in kernel.provides
     args = arguments(kernel.op, smoke(kernel.op)[0])
     with torch.inference_mode(), NeverWaits():
@@ -88,8 +86,6 @@ def test_no_kernel_that_claims_graph_safe_waits_for_its_device(kernel: Kernel) -
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.op)
 def test_what_needs_no_conversion_is_not_written_in_place(kernel: Kernel, dtype: str) -> None:
     """A float32 input is its own float32 form: work done in place there would be done in the caller's memory."""
-    from judging import arguments, smoke
-
     for sample in smoke(kernel.op):
         args = arguments(kernel.op, sample, dtype)
         before = {k: v.clone() for k, v in args.items() if isinstance(v, Tensor)}

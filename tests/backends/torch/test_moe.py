@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -47,6 +48,14 @@ def test_no_kernel_that_claims_graph_safe_waits_for_its_device(kernel: Kernel) -
     for sample in smoke(kernel.op):
         with torch.inference_mode(), NeverWaits():
             kernel.fn(**arguments(kernel.op, sample))
+
+
+@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
 
 
 # --- routing ---------------------------------------------------------------------------------------------------------
@@ -106,17 +115,15 @@ def test_far_logits_lose_nothing() -> None:
     assert route([[-200.0, 200.0]])[0].tolist() == [[1.0, 0.0]]
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_token_goes_the_same_way_in_any_batch(scoring_func: str, threads: int) -> None:
-    torch.set_num_threads(threads)  # the session's fixture sets it back
+def test_a_token_goes_the_same_way_in_any_batch(scoring_func: str) -> None:
     logits, bias = torch.randn(300, 250), torch.randn(250)
     call = {"top_k": 7, "n_group": 5, "topk_group": 2, "scoring_func": scoring_func}
     together = route(logits, bias, **call)
     for some in (slice(0, 1), slice(7, 9), slice(11, 300)):
         for alone, whole in zip(route(logits[some], bias, **call), together, strict=True):
             assert torch.equal(alone, whole[some])
-    torch.set_num_threads(1)
 
 
 # --- permuting and combining -----------------------------------------------------------------------------------------
@@ -141,6 +148,7 @@ def test_nan_in_a_token_stays_with_that_token() -> None:
         assert out[1:].tolist() == [[1.0, 2.0], [4.0, 6.0], [0.0, 0.0]]
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", [moe._bags, moe._slot_by_slot], ids=["bags", "slots"])
 def test_a_token_is_combined_to_the_same_bits_in_any_batch(form: Any, dtype: torch.dtype) -> None:
@@ -182,7 +190,7 @@ def test_the_composite_of_these_kernels_is_the_layer(sample: Sample) -> None:
 
     truth = oracle.truth(spec, args).outs["out"]
     out = spec.reference(Kernels(), **args)
-    torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5)
+    assert ((out - truth).norm(dim=1) <= 2e-6 * truth.norm(dim=1)).all()
 
 
 def test_routing_and_experts_fit_together() -> None:
