@@ -10,6 +10,7 @@ resident memory during that call less what was resident before it. The limit is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import fnmatch
 import gc
@@ -92,10 +93,8 @@ def measure(point: Point) -> dict[str, Any]:
 def grown(call: Callable[[], Any]) -> tuple[int, Any, str]:
     """Peak resident memory during a call over what was resident before it."""
     gc.collect()
-    try:
+    with contextlib.suppress(AttributeError):  # another libc
         ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would hide growth
-    except AttributeError:  # another libc
-        pass
     if _reset_peak():
         before = _status("VmRSS")
         made = call()

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 import glm5_hal
 from glm5_hal import ops
@@ -197,7 +197,7 @@ def topk_indices() -> Iterator[Point]:
 
 
 def mla_prefill() -> Iterator[Point]:
-    """The op's cost has no mask; where a chunk sees itself under the causal one, up to half of that need not be done."""
+    """The op's cost has no mask; where a chunk sees itself under the causal one, up to half need not be done."""
     for name, tokens, keys in (("bfloat16", 512, 512), ("float32", 512, 512), ("bfloat16", 128, 2048)):
         dtype, D = getattr(torch, name), 256
         q, k, v = (torch.randn(n, HEADS, D).to(dtype) for n in (tokens, keys, keys))
@@ -205,7 +205,9 @@ def mla_prefill() -> Iterator[Point]:
 
         def sdpa(q: Tensor = q, k: Tensor = k, v: Tensor = v, mask: Tensor | None = mask) -> Tensor:
             heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-            return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=mask is None, scale=SCALE)
+            return functional.scaled_dot_product_attention(
+                *heads_first, attn_mask=mask, is_causal=mask is None, scale=SCALE
+            )
 
         def eager(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
             scores = q.transpose(0, 1) @ k.permute(1, 2, 0) * SCALE
@@ -246,7 +248,9 @@ POINTS = (
 
 def _sdpa(q: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
     """Heads as queries of one head."""
-    return F.scaled_dot_product_attention(q[None, None], keys[None, None], keys[None, None], mask, scale=SCALE)[0, 0]
+    return functional.scaled_dot_product_attention(
+        q[None, None], keys[None, None], keys[None, None], mask, scale=SCALE
+    )[0, 0]
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -315,7 +319,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         rates = limits(options.repeat)
         if not options.json:
             print(f"{torch.get_num_threads()} threads; " + ", ".join(f"{v:.0f} {k}" for k, v in rates.items()))
-            print(f"{'op':<18} {'shape':<18} {'dtype':<9} {'format':<11} {'ms':>8}  {'best peer':<22} {'gain':>5}  of limit")
+            print(
+                f"{'op':<18} {'shape':<18} {'dtype':<9} {'format':<11} {'ms':>8}  "
+                f"{'best peer':<22} {'gain':>5}  of limit"
+            )
         for points in POINTS:
             if fnmatch.fnmatch(points.__name__, options.op):
                 for point in points():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import checks
-from glm5_hal.ops._common.draws import weight_scale
+from glm5_hal.ops._common.draws import cancelling, mirrored, weight_scale
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.ops._common.prolog import WEIGHT_FORMAT
 from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Sample
@@ -48,15 +48,14 @@ def check_values(args: Mapping[str, Any]) -> None:
 PERIOD = 1_000_003
 
 
-def expert_weights(draw: Draw, *shape: int, dtype: str, exact: bool = False) -> Tensor:
+def expert_weights(draw: Draw, *shape: int, dtype: str) -> Tensor:
     """Weights [E, out, in], experts of different size, that keep the size of what goes through them within a factor of
     eight. Tiled from one draw: fresh numbers for GLM-5's experts would take gigabytes."""
     total = prod(shape)
     one = min(total, PERIOD)
-    scale = weight_scale(shape[-1])
-    base = draw.small(one, dtype=dtype) if exact else draw.normal(one, dtype=dtype, scale=scale)
+    base = draw.normal(one, dtype=dtype, scale=weight_scale(shape[-1]))
     tiled = base.repeat(-(-total // one))[:total].view(shape) if total else base.view(shape)
-    return tiled if exact else tiled.mul_((2.0 ** (torch.arange(shape[0]) % 3)).to(base.dtype).view(-1, 1, 1))
+    return tiled.mul_((2.0 ** (torch.arange(shape[0]) % 3)).to(base.dtype).view(-1, 1, 1))
 
 
 def samples() -> Iterator[Sample]:
@@ -83,11 +82,14 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     N, K, rows = axes["N"], axes["K"], axes["rows"]
     used = sum(rows)
     M = used + axes.get("tail", 0)
-    x = draw.small(M, K, dtype=dtype) if exact else draw.normal(M, K, dtype=dtype)
+    if exact:
+        x, weight = mirrored(draw, M, K, dtype), cancelling(draw, len(rows) * N, K, dtype).view(len(rows), N, K)
+    else:
+        x, weight = draw.normal(M, K, dtype=dtype), expert_weights(draw, len(rows), N, K, dtype=dtype)
     unread = (torch.arange(M) >= used)[:, None].expand(M, K)
     args = {
         "x": x.masked_fill(unread, 77.0),
-        "weight": expert_weights(draw, len(rows), N, K, dtype=dtype, exact=exact),
+        "weight": weight,
         "expert_offsets": torch.tensor([0, *rows]).cumsum(0).int(),
         "weight_format": "plain",
     }

@@ -70,7 +70,9 @@ def samples() -> Iterator[Sample]:
     yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 30), (3, 0), (3, 2))}, tags=edge)
     yield Sample("no_tokens", {**base, "lens": ((0, 9),)}, tags=edge)
     yield Sample("many_heads", {**base, "H": 64, "lens": ((2, 33),)})
+    yield Sample("many_keys", {**base, "lens": ((8, 1500),), "K": 700})  # scores so dense that a choice needs fp32
     yield Sample("integers", {**base, "lens": ragged}, fill="exact")
+    yield Sample("ties", {**base, "lens": ((2, 61), (1, 40)), "distinct": 7}, fill="exact")
     glm5 = frozenset({"glm5"})
     for fmt in formats("index"):
         yield Sample(
@@ -94,6 +96,8 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     batch = batches.paged(draw, axes["lens"], axes["page"])
     shape = (int(batch.seq_lens.sum()), D)
     keys = draw.small(*shape, dtype=dtype) if exact else draw.normal(*shape, dtype=dtype)
+    if axes.get("distinct"):  # so few different keys that scores tie across the k-th place
+        keys = keys[draw.integers(0, axes["distinct"], len(keys))]
     held, unread = batches.filled(fmt, batch, keys, None)
     q = draw.small(batch.tokens, H, D, dtype=dtype) if exact else draw.normal(batch.tokens, H, D, dtype=dtype)
     weights = draw.small(batch.tokens, H) if exact else draw.normal(batch.tokens, H, scale=2.0**-6)

@@ -65,7 +65,7 @@ def check_values(args: Mapping[str, Any]) -> None:
 def samples() -> Iterator[Sample]:
     for sample in logits_op.samples():
         top_k = 2048 if sample.level == "standard" else 24
-        yield Sample(sample.id, {**sample.axes, "K": top_k}, sample.level, sample.fill, sample.tags, sample.dtypes)
+        yield Sample(sample.id, {"K": top_k, **sample.axes}, sample.level, sample.fill, sample.tags, sample.dtypes)
 
 
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:

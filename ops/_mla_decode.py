@@ -87,6 +87,8 @@ def samples() -> Iterator[Sample]:
     edge, glm5 = frozenset({"edge"}), frozenset({"glm5"})
     for fmt in formats("latent"):
         yield Sample(f"decode-{fmt}", {**TINY, "lens": around_pages, "format": fmt})
+    for fmt in (name for name in formats("latent") if FORMATS[name].group):
+        yield Sample(f"two_groups-{fmt}", {**TINY, "L": 256, "lens": around_pages, "format": fmt})
     base = {**TINY, "format": "latent_576"}
     yield Sample("chunked_prefill", {**base, "lens": ((23, 23), (20, 50))})
     yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 0), (4, 2), (1, 1), (0, 0))}, tags=edge)

@@ -110,7 +110,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     T, S = (sum(n) for n in zip(*lens, strict=True))
     q = draw.normal(T, H, Dqk, dtype=dtype, scale=axes.get("q_scale", 1.0))
     k = draw.normal(S, H, Dqk, dtype=dtype)
-    v = values(sample, dtype, draw, S, H, Dv)
+    v = values(sample, dtype, draw, [m for _, m in lens], H, Dv)
     limits = [torch.arange(m - n + 1, m + 1) if causal else torch.full((n,), m) for n, m in lens]
     visible = torch.cat(limits).clamp_min(0)
     if sample.fill == "exact":  # equal scores over a power of two of keys, or one key that takes all

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glm5_hal.ops._common import checks, writes
 from glm5_hal.ops._common.attention import LATENT_CACHE, cache_constraints
-from glm5_hal.ops._common.draws import weight
+from glm5_hal.ops._common.draws import cancelling, mirrored, weight
 from glm5_hal.ops._common.precision import linear, matmul
 from glm5_hal.ops._common.prolog import LAYOUT, ROPE_TABLES, WEIGHT_FORMAT
 from glm5_hal.ops._common.references import loosest
@@ -96,6 +96,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("half_layout", {**base, "layout": "half"})
     yield Sample("small_latents", {**base, "size": 2.0**-9}, tags=edge)  # eps counts
     yield Sample("float32_norms", {**base, "norms": "float32"})
+    yield Sample("cancelling", {**base, "cancelling": True})
     yield Sample("one_head", {**base, "T": 1, "H": 1}, tags=edge)
     yield Sample("all_skipped", {**base, "skip": "all"}, tags=edge)
     yield Sample("no_tokens", {**base, "T": 0}, tags=edge)
@@ -129,6 +130,9 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
         "weight_format": "plain",
         **writes.held(draw, fmt, axes["N"], axes["page"], (L, R), dtype),
     }
+    if axes.get("cancelling"):  # the first projections' sums are exact, in fp32
+        args["x"] = mirrored(draw, T, E, dtype)
+        args["w_q_a"], args["w_kv_a"] = cancelling(draw, Q, E, dtype), cancelling(draw, L + R, E, dtype)
     return Inputs(args)
 
 

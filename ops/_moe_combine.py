@@ -68,7 +68,8 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     order = draw.permutation(M)[: int(here.sum())]
     inverse = torch.full((T, K), -1).masked_scatter(here, order).int()
     unread = torch.ones(M, 1, dtype=torch.bool).index_fill(0, order, False).expand(M, D)
-    y = draw.small(M, D, dtype=dtype) if exact else draw.normal(M, D, dtype=dtype)
+    # As many digits as bfloat16 holds: a sum that is rounded to storage after every expert shows.
+    y = draw.small(M, D, dtype=dtype, bound=127) if exact else draw.normal(M, D, dtype=dtype)
     # No weight is zero in the exact fill: a product of zero would have a sign.
     weights = (1.0 + draw.integers(0, 4, T, K)) / 4 if exact else router_weights(draw, T, K)
     extra = None

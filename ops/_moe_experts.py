@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import checks
+from glm5_hal.ops._common.draws import mirrored
 from glm5_hal.ops._common.prolog import WEIGHT_FORMAT
 from glm5_hal.ops._common.references import loosest
 from glm5_hal.ops._grouped_gemm import expert_weights
@@ -60,6 +61,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("elsewhere", {**tiny, "elsewhere": 5})
     yield Sample("with_shared", {**tiny, "elsewhere": 4, "shared": True})
     yield Sample("clamped", {**tiny, "limit": 0.75, "shared": True})
+    yield Sample("integers", {**tiny, "elsewhere": 2}, fill="exact")
     yield Sample("nothing_here", {**tiny, "elsewhere": 8, "T": 1, "shared": True}, tags=edge)
     yield Sample("idle_experts", {**tiny, "T": 2, "E": 30}, tags=edge)
     yield Sample("one_expert", {**tiny, "K": 1, "E": 1}, tags=edge)
@@ -78,17 +80,49 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     T, K, D, I, E = (axes[a] for a in "TKDIE")  # noqa: E741 - the letters of the legend
     ids = chosen_experts(draw, T, K, E, axes.get("elsewhere", 0))
     unread = (ids < 0).all(1, keepdim=True).expand(T, D)
+    if sample.fill == "exact":
+        x, w_gate_up, w_down = _integers(draw, T, D, I, E, dtype)
+        weights = (1.0 + draw.integers(0, 4, T, K)) / 4
+    else:
+        x, weights = draw.normal(T, D, dtype=dtype), router_weights(draw, T, K)
+        w_gate_up, w_down = (expert_weights(draw, E, *dims, dtype=dtype) for dims in ((2 * I, D), (D, I)))
     args = {
-        "x": draw.normal(T, D, dtype=dtype).masked_fill(unread, 77.0),
-        "topk_weights": router_weights(draw, T, K).masked_fill(ids < 0, 77.0),
+        "x": x.masked_fill(unread, 77.0),
+        "topk_weights": weights.masked_fill(ids < 0, 77.0),
         "topk_ids": ids,
-        "w_gate_up": expert_weights(draw, E, 2 * I, D, dtype=dtype),
-        "w_down": expert_weights(draw, E, D, I, dtype=dtype),
+        "w_gate_up": w_gate_up,
+        "w_down": w_down,
         "shared": draw.normal(T, D, dtype=dtype) if axes.get("shared") else None,
         "limit": axes.get("limit"),
         "weight_format": "plain",
     }
     return Inputs(args, {"x": unread, "topk_weights": ids < 0})
+
+
+def _integers(draw: Draw, T: int, D: int, I: int, E: int, dtype: str) -> tuple[Tensor, Tensor, Tensor]:  # noqa: E741
+    """Tokens and weights that are exact throughout, whether or not a kernel stores what lies between: a gate is 32 or
+    −128, where the sigmoid is 1 or 0; up is a small positive integer; so is a result, times 32. All of them are what
+    large sums leave (see `cancelling`)."""
+
+    def leaving(rows: int, inputs: int, left: Tensor) -> Tensor:
+        first = 1.0 + draw.integers(0, 31, rows, inputs // 2)
+        return torch.cat([first, left - first], -1).view(E, -1, inputs)
+
+    def picking(rows: int, inputs: int, value: Tensor) -> Tensor:
+        """One input of the first half each, times a value."""
+        return torch.zeros(rows, inputs // 2).scatter_(1, draw.integers(0, inputs // 2, rows, 1), value)
+
+    x = mirrored(draw, T, D, "float32")
+    x[:, [0, D // 2]] = 1.0
+    first = torch.zeros(E * I // 2, D // 2)
+    first[:, 0] = torch.where(draw.integers(0, 3, len(first)) > 0, 32.0, -128.0)
+    gate = leaving(len(first), D, first)
+    up = leaving(len(first), D, picking(len(first), D, torch.ones(len(first), 1)))
+    # The hidden state repeats itself too: both halves of gate and up do.
+    w_gate_up = torch.cat([gate, gate, up, up], 1)
+    w_down = leaving(E * D, I, picking(E * D, I, 1.0 - 2.0 * draw.integers(0, 2, E * D, 1)))
+    kind = getattr(torch, dtype)
+    return x.to(kind), w_gate_up.to(kind), w_down.to(kind)
 
 
 def cost(axes: Mapping[str, Any]) -> Cost:

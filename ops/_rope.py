@@ -80,19 +80,18 @@ def samples() -> Iterator[Sample]:
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     shape, exact = sample.axes["shape"], sample.fill == "exact"
     T, half = shape[0], shape[-1] // 2
-    if exact:  # never zero: a product of zero would have a sign
-        x, cos, sin = (_nonzero(draw, *dims) for dims in (shape, (T, half), (T, half)))
-        x = x.to(getattr(torch, dtype))
+    if exact:  # tables of more digits than the narrow dtypes hold; products and sums are exact in fp32
+        x = _odd(draw, *shape, below=128).to(getattr(torch, dtype))
+        cos, sin = (_odd(draw, T, half, below=1024) / 1024 for _ in range(2))
     else:
         x = draw.normal(*shape, dtype=dtype)
         cos, sin = unit_tables(draw, T, half)
     return Inputs({"x": x, "cos": cos, "sin": sin, "layout": sample.axes["layout"]})
 
 
-def _nonzero(draw: Draw, *shape: int) -> Tensor:
-    sign: Tensor = 1.0 - 2.0 * draw.integers(0, 2, *shape)
-    size: Tensor = 1.0 + draw.integers(0, 4, *shape)
-    return sign * size
+def _odd(draw: Draw, *shape: int, below: int) -> Tensor:
+    """Odd numbers, so never zero: a product of zero would have a sign."""
+    return 2.0 * draw.integers(-below // 2, below // 2, *shape) + 1.0
 
 
 def cost(axes: Mapping[str, Any]) -> Cost:
@@ -100,7 +99,7 @@ def cost(axes: Mapping[str, Any]) -> Cost:
     return Cost(flops=3 * n, bytes=axes["itemsize"] * 2 * n + 4 * axes["T"] * axes["R"])
 
 
-def _odd(args: dict[str, Any]) -> dict[str, Any]:
+def _odd_width(args: dict[str, Any]) -> dict[str, Any]:
     half = args["cos"].shape[1] - 1
     return {**args, "x": args["x"][..., :-1], "cos": args["cos"][:, :half], "sin": args["sin"][:, :half]}
 
@@ -127,7 +126,7 @@ SPEC = OpSpec(
     accuracy={"y": Calibrated()},
     cost=cost,
     errors=(
-        BadInput("odd_rotary_dim", "SHAPE", _odd),
+        BadInput("odd_rotary_dim", "SHAPE", _odd_width),
         BadInput("unknown_layout", "SCALAR", lambda args: {**args, "layout": "neox"}),
     ),
     source="spec 2.2, 4.2, 14.1; Su et al., arXiv:2104.09864",

@@ -86,6 +86,8 @@ def samples() -> Iterator[Sample]:
     ragged = ((1, 61), (3, 40), (2, 16), (1, 8))
     for fmt in formats("latent"):
         yield Sample(f"decode-{fmt}", {**TINY, "lens": ragged, "page": 8, "format": fmt})
+    for fmt in (name for name in formats("latent") if FORMATS[name].group):
+        yield Sample(f"two_groups-{fmt}", {**TINY, "L": 256, "lens": ragged, "page": 8, "format": fmt})
     base = {**TINY, "page": 8, "format": "latent_576"}
     edge = frozenset({"edge"})
     yield Sample("prefill", {**base, "lens": ((37, 37), (20, 50))})
@@ -94,7 +96,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("no_tokens", {**base, "lens": ((0, 9),)}, tags=edge)
     yield Sample("many_heads", {**base, "H": 40, "lens": ((2, 33),)})
     yield Sample("peaked", {**base, "lens": ragged, "q_scale": 8.0})
-    yield Sample("uniform", {**base, "K": 16, "lens": ((2, 61), (1, 40))}, fill="exact")
+    yield Sample("uniform", {**base, "K": 64, "lens": ((2, 161), (1, 80))}, fill="exact")
     for batch, lens in (
         ("decode-b1-64k", ((1, 65536),)),
         ("decode-b4-mtp", ((2, 4097), (1, 2048), (4, 2049), (1, 63))),

@@ -48,6 +48,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("rows", small)
     yield Sample("ties", {**small, "values": 5}, tags=frozenset({"edge", "ties"}))
     yield Sample("all_equal", {**small, "values": 1}, tags=frozenset({"edge", "ties"}))
+    yield Sample("both_zeros", {**small, "zeros": True}, tags=frozenset({"edge", "ties"}))
     yield Sample("negative", {**small, "shift": -64.0}, tags=frozenset({"edge"}))
     yield Sample("non_finite", {**small, "non_finite": True}, tags=frozenset({"edge"}))
     yield Sample("fewer_than_k", {"T": 5, "S": 40, "K": 64}, tags=frozenset({"edge"}))
@@ -66,6 +67,9 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     T, S, K = (sample.axes[a] for a in "TSK")
     if "values" in sample.axes:  # few distinct values: ties across the k-th place in every row
         scores = draw.integers(0, sample.axes["values"], T, S).to(getattr(torch, dtype)) - 2
+    elif sample.axes.get("zeros"):  # the k-th place is among zeros of both signs
+        kinds = torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0, -0.0, -0.0, -0.0], dtype=getattr(torch, dtype))
+        scores = kinds[draw.integers(0, 8, T, S)]
     else:
         scores = draw.normal(T, S, dtype=dtype) + sample.axes.get("shift", 0.0)
     if sample.axes.get("non_finite"):

@@ -50,7 +50,7 @@ class Tiles:
         self._bits = cache.new_empty(2, most if fmt.group else 0, latent, dtype=torch.int16)
 
     def between(self, pages: Tensor, start: int, stop: int) -> Tensor:
-        """The keys at local positions start to stop of a request, whose logical pages lie at ``pages``: its block table."""
+        """The keys at local positions start to stop of a request; ``pages`` is its row of the block table."""
         P = self._page
         first, last = start // P, -(-stop // P)
         here = slice(start - first * P, stop - first * P)
@@ -123,7 +123,7 @@ def _decode_e4m3(codes: Tensor, room: Tensor, out: Tensor) -> None:
     """Numbers of e4m3 codes ``[n, L]``; ``room [2, n, L]`` int16 is scratch.
 
     As float16, the bits of a code one byte higher are its value / 256: the exponent has one bit more and a bias of 8
-    more; subnormals fit too. Six times as fast as the cast where there is no instruction for it, and no fp8 dtype needed.
+    more; subnormals fit too. Six times as fast as the cast where there is no instruction for it; needs no fp8 dtype.
     """
     bits, nan = room
     bits.copy_(codes.view(torch.int8)).mul_(128).bitwise_and_(~0x4000)  # the sign had been extended over bit 14
@@ -163,9 +163,7 @@ def _write(fmt: CacheFormat, caches: tuple[Tensor, ...], slots: Tensor, latent: 
         _put(fields[name], slots, rows, some)
 
 
-def _stored(
-    fmt: CacheFormat, caches: tuple[Tensor, ...], latent: Tensor, rope: Tensor | None
-) -> Mapping[str, Tensor]:
+def _stored(fmt: CacheFormat, caches: tuple[Tensor, ...], latent: Tensor, rope: Tensor | None) -> Mapping[str, Tensor]:
     """What each field gets."""
     if fmt.group:
         codes, scale = bytes_of.quantise(latent, fmt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from glm5_hal.ops._common import batches
 from glm5_hal.ops._common.batches import Batch
+from glm5_hal.ops._common.caches import grouped
 from glm5_hal.spec import Draw, Sample
 from glm5_hal.state import FORMATS
 
@@ -29,16 +30,20 @@ class Latents:
 
 
 def latents(sample: Sample, dtype: str, draw: Draw) -> Latents:
-    """From the axes ``lens``, ``page``, ``format``, ``L``, ``R``, ``scale``. Where the fill is exact, latents are small
-    integers; where the sample says "pointer", rope keys are `pointed_keys`."""
+    """From the axes ``lens``, ``page``, ``format``, ``L``, ``R``, ``scale``. Latents are `values`; those of a quantised
+    format differ in size from group to group. Where the sample says "pointer", rope keys are `pointed_keys`."""
     axes = sample.axes
     L, R, fmt = axes["L"], axes["R"], FORMATS[axes["format"]]
     batch = batches.paged(draw, axes["lens"], axes["page"])
-    keys = int(batch.seq_lens.sum())
-    latent = values(sample, dtype, draw, keys, L)
+    lengths = [s for _, s in batch.lens]
+    keys = sum(lengths)
+    latent = values(sample, dtype, draw, lengths, L)
+    if fmt.group and not axes.get("pointer"):
+        sizes = 2.0 ** draw.integers(-3, 1, keys, L // fmt.group)
+        latent = (grouped(latent, fmt.group) * sizes.to(latent.dtype)[..., None]).flatten(-2)
     rope = draw.normal(keys, R, dtype=dtype)
     if axes.get("pointer"):
-        rope = pointed_keys([s for _, s in batch.lens], R).to(rope.dtype)
+        rope = pointed_keys(lengths, R).to(rope.dtype)
     held, unread = batches.filled(fmt, batch, latent, rope)
     args = {
         "block_table": batch.block_table,
@@ -52,12 +57,24 @@ def latents(sample: Sample, dtype: str, draw: Draw) -> Latents:
     return Latents(batch, args, {"block_table": batch.unused_table, **dict(zip(fmt.tensors, unread, strict=True))})
 
 
-def values(sample: Sample, dtype: str, draw: Draw, *shape: int) -> Tensor:
-    """Values to average: integers where the fill is exact, none of them zero where one alone is the result (what the
-    others leave of themselves in float64 would decide the sign of that zero)."""
-    exact = sample.fill == "exact"
-    x: Tensor = draw.small(*shape, dtype=dtype) if exact else draw.normal(*shape, dtype=dtype)
-    return 2 * x + 1 if sample.axes.get("pointer") else x
+def values(sample: Sample, dtype: str, draw: Draw, lengths: Sequence[int], *shape: int) -> Tensor:
+    """Values to average, of requests of these lengths, [Σ lengths, *shape].
+
+    Integers where the fill is exact. If one of them alone is the result, none is zero (what the others leave of
+    themselves in float64 would decide the sign of that zero). Else they are large and of one sign in every request's
+    first half; in its second half the odd columns take back what they summed to, so that an accumulator of the storage
+    dtype, which has lost digits by then, shows.
+    """
+    rows = sum(lengths)
+    if sample.fill != "exact":
+        drawn: Tensor = draw.normal(rows, *shape, dtype=dtype)
+        return drawn
+    x: Tensor = draw.small(rows, *shape, dtype=dtype)
+    if sample.axes.get("pointer"):
+        return 2 * x + 1
+    later = torch.cat([torch.arange(n) >= n // 2 for n in lengths]) if lengths else torch.zeros(0, dtype=torch.bool)
+    back = later[:, None] & (torch.arange(shape[-1]) % 2 == 1)
+    return x + torch.where(back, -64, 64).view(rows, *[1] * (len(shape) - 1), shape[-1]).to(x.dtype)
 
 
 def pointed_keys(lengths: list[int], width: int) -> Tensor:

@@ -1,21 +1,11 @@
-"""Lets the tests here say ``from toys import ...``: importlib mode puts no folder on the path."""
+"""Fixtures of the core's tests."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-if "toys" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("toys", Path(__file__).with_name("toys.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules["toys"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
 
 @pytest.fixture(autouse=True, scope="session")

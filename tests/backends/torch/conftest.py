@@ -1,23 +1,13 @@
-"""Lets the tests here say ``from judging import ...``: importlib mode puts no folder on the path."""
+"""Fixtures of the plain torch kernels' tests."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from glm5_hal.backends._torch import attention, caches, indexer
-
-if "judging" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("judging", Path(__file__).with_name("judging.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules["judging"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
 
 @pytest.fixture(autouse=True, scope="session")

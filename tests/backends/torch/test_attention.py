@@ -1,4 +1,4 @@
-"""The attention kernels in plain torch: right at every tile boundary, and the same bits whatever else is in the batch."""
+"""The attention kernels in plain torch: right at every tile boundary, the same bits whatever else is in the batch."""
 
 from __future__ import annotations
 

@@ -546,7 +546,7 @@ def rope_complex(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
         return torch.zeros(x.shape)
     pairs = x.unflatten(-1, (half, 2)) if layout == "interleaved" else x.unflatten(-1, (2, half)).transpose(-1, -2)
     turn = torch.complex(cos, sin).reshape(len(x), *[1] * (x.dim() - 2), half)
-    y = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
+    y = torch.view_as_real(torch.view_as_complex(pairs.clone(memory_format=torch.contiguous_format)) * turn)
     return (y if layout == "interleaved" else y.transpose(-1, -2)).reshape(x.shape)
 
 

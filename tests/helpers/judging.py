@@ -28,14 +28,16 @@ def smoke(op: str) -> list[Sample]:
 
 
 def points(*kernels: Kernel) -> pytest.MarkDecorator:
-    """Every smoke sample of these kernels' ops in each of its dtypes; in float64 too, except where the fill asks for the
-    bits of a narrower dtype or the cache holds e4m3, whose rows the reference reads as float32."""
+    """Every smoke sample of these kernels' ops in each of its dtypes; in float64 too, except where the fill asks for
+    the bits of a narrower dtype or the cache holds e4m3, whose rows the reference reads as float32."""
     found = []
     for kernel in kernels:
         for sample in smoke(kernel.op):
             wide = sample.fill != "exact" and not FORMATS[sample.axes.get("format", "latent_576")].group
             found += [(kernel, sample, dtype) for dtype in (*sample.dtypes, *(["float64"] if wide else []))]
-    return pytest.mark.parametrize("kernel, sample, dtype", found, ids=[f"{k.op}-{s.id}-{d}" for k, s, d in found])
+    return pytest.mark.parametrize(
+        ("kernel", "sample", "dtype"), found, ids=[f"{k.op}-{s.id}-{d}" for k, s, d in found]
+    )
 
 
 def arguments(op: str, sample: Sample | str, dtype: str = "float32") -> dict[str, Any]:
@@ -86,5 +88,6 @@ class NeverWaits(TorchDispatchMode):
         by_mask = name.startswith("index") and any(
             isinstance(i, Tensor) and i.dtype == torch.bool for a in args if isinstance(a, (list, tuple)) for i in a
         )
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select") and not by_mask, f"{func} waits"
+        waits = by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select")
+        assert not waits, f"{func} waits"
         return func(*args, **(kwargs or {}))
