@@ -58,10 +58,12 @@ def _nearest(case_id: str, known: list[str]) -> str:
 
 def _of_op(spec: OpSpec, level: str) -> Iterator[Case]:
     samples = list(spec.samples())
+    good = samples[0]
     for sample in samples:
         if LEVELS.index(sample.level) <= LEVELS.index(level):
             for dtype in sample.dtypes:
                 yield Case(spec.name, dtype, sample)
-    good = samples[0]
+    if "float64" in spec.dtypes.get("F", ()):  # a kernel that takes it must not compute in less
+        yield Case(spec.name, "float64", good)
     for bad in bad_inputs(spec):
         yield Case(spec.name, good.dtypes[0], good, bad)

@@ -70,7 +70,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 30), (3, 0), (3, 2))}, tags=edge)
     yield Sample("no_tokens", {**base, "lens": ((0, 9),)}, tags=edge)
     yield Sample("many_heads", {**base, "H": 64, "lens": ((2, 33),)})
-    yield Sample("many_keys", {**base, "lens": ((8, 1500),), "K": 700})  # scores so dense that a choice needs fp32
+    yield Sample("many_keys", {**base, "lens": ((4, 2600),), "K": 1200})  # scores so dense that a choice needs fp32
     yield Sample("integers", {**base, "lens": ragged}, fill="exact")
     yield Sample("ties", {**base, "lens": ((2, 61), (1, 40)), "distinct": 7}, fill="exact")
     glm5 = frozenset({"glm5"})

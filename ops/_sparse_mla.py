@@ -90,6 +90,7 @@ def samples() -> Iterator[Sample]:
         yield Sample(f"two_groups-{fmt}", {**TINY, "L": 256, "lens": ragged, "page": 8, "format": fmt})
     base = {**TINY, "page": 8, "format": "latent_576"}
     edge = frozenset({"edge"})
+    yield Sample("many_keys", {**base, "K": 1100, "lens": ((1, 1300), (2, 300))})  # more than a tile or a split of them
     yield Sample("prefill", {**base, "lens": ((37, 37), (20, 50))})
     yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 30), (3, 0), (0, 0))}, tags=edge)
     yield Sample("interleaved_invalid", {**base, "lens": ragged, "holes": True}, tags=edge)

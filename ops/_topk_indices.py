@@ -51,6 +51,8 @@ def samples() -> Iterator[Sample]:
     yield Sample("both_zeros", {**small, "zeros": True}, tags=frozenset({"edge", "ties"}))
     yield Sample("negative", {**small, "shift": -64.0}, tags=frozenset({"edge"}))
     yield Sample("non_finite", {**small, "non_finite": True}, tags=frozenset({"edge"}))
+    yield Sample("long_rows", {"T": 3, "S": 5000, "K": 512})
+    yield Sample("lowest", {**small, "values": 40, "lowest": True}, tags=frozenset({"edge"}))
     yield Sample("fewer_than_k", {"T": 5, "S": 40, "K": 64}, tags=frozenset({"edge"}))
     yield Sample("exactly_k", {"T": 3, "S": 64, "K": 64}, tags=frozenset({"edge"}))
     yield Sample("no_rows", {"T": 0, "S": 64, "K": 8}, tags=frozenset({"edge"}))
@@ -72,6 +74,9 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
         scores = kinds[draw.integers(0, 8, T, S)]
     else:
         scores = draw.normal(T, S, dtype=dtype) + sample.axes.get("shift", 0.0)
+    if sample.axes.get("lowest"):  # half of the scores are the lowest number: eligible, and no mark of a mask
+        scores[draw.integers(0, 2, T, S) == 0] = torch.finfo(scores.dtype).min
+        scores[:, K // 2 :] = scores[:, K // 2 :].clamp_max(torch.finfo(scores.dtype).min)
     if sample.axes.get("non_finite"):
         kinds = draw.integers(0, 8, T, S)
         for code, value in enumerate((torch.nan, -torch.inf, torch.inf, -0.0)):

@@ -28,6 +28,10 @@ from glm5_hal.state import FORMATS, CacheFormat
 #: 0.4 on random signs, 0.6 on equal ones); twice that is the floor of every budget.
 SEQUENTIAL = 2.0 * 2.0**-24
 
+#: The same for float64, of which the oracle itself is made and so tells no more than this: that nothing was computed
+#: in less.
+SEQUENTIAL_DOUBLE = 2.0**-42
+
 #: What a few fp32 operations on numbers of a row's size may cost, where sums are exact.
 NOISE = 8.0 * 2.0**-24
 
@@ -83,8 +87,9 @@ def _judge_one(trial: Trial, run: Run, name: str, rule: Accuracy) -> Judgement:
     if isinstance(rule, Given):
         y = rule.expected(args, tuple(run.outs.values()))
         b = y.to(x.dtype)
-        return compare.calibrated(x, y, b, unit=compare.unit_roundoff(_name(x)), floor=_floor(trial, rule.depth, None))
-    floor = _floor(trial, rule.depth, rule.amplify)
+        floor = _floor(trial, rule.depth, None, _name(x))
+        return compare.calibrated(x, y, b, unit=compare.unit_roundoff(_name(x)), floor=floor)
+    floor = _floor(trial, rule.depth, rule.amplify, _name(b))
     if isinstance(rule, AbsoluteError):
         return compare.absolute(x, y, b, unit=compare.unit_roundoff(_name(b)), floor=floor)
     return compare.calibrated(x, y, b, unit=compare.unit_roundoff(_name(b)), floor=floor, row_dims=rule.row_dims)
@@ -125,7 +130,7 @@ def _cache_contents(trial: Trial, run: Run, name: str, rule: CacheContents) -> J
         for r in (run, trial.expected.truth, trial.expected.honest)
     )
     stored = "bfloat16" if fmt.group else _name(args[name])
-    floor = _floor(trial, rule.depth, None) + (caches.flip_floor(fmt, y.shape[-1]) if fmt.group else 0.0)
+    floor = _floor(trial, rule.depth, None, stored) + (caches.flip_floor(fmt, y.shape[-1]) if fmt.group else 0.0)
     return compare.calibrated(x, y, b, unit=compare.unit_roundoff(stored), floor=floor)
 
 
@@ -155,10 +160,10 @@ def _stray_write(before: torch.Tensor, after: torch.Tensor, written: torch.Tenso
     return f"{len(stray)} elements, the first at {stray[0].tolist()}" if len(stray) else None
 
 
-def _floor(trial: Trial, depth: tuple[str, ...], amplify: Any) -> Any:
+def _floor(trial: Trial, depth: tuple[str, ...], amplify: Any, dtype: str) -> Any:
     """What the order of accumulation may cost: see SEQUENTIAL."""
     terms = sum(trial.axes[axis] for axis in depth)
-    base = SEQUENTIAL * max(terms, 1) ** 0.5
+    base = (SEQUENTIAL_DOUBLE if dtype == "float64" else SEQUENTIAL) * max(terms, 1) ** 0.5
     return base if amplify is None else base * amplify(trial.inputs.args)
 
 

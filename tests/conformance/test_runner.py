@@ -12,7 +12,7 @@ import torch
 from honest import kernel
 from stand_in import NAME, Made, failed, installed, judge
 
-from glm5_hal import ops
+from glm5_hal import context, ops
 from glm5_hal.backend import Device, Unavailable
 from glm5_hal.capability import (
     Requirement,
@@ -337,6 +337,19 @@ def test_a_refusal_after_something_was_written_fails(monkeypatch: pytest.MonkeyP
     result = judged("rms_norm[error-special]", Made("rms_norm", kernel("rms_norm", writes)))
     assert (result.verdict, result.code) == ("FAIL", "errors")
     assert result.detail == "wrote x, spoilt x before refusing"
+
+
+def test_values_on_a_device_are_checked_because_the_suite_asks_for_it() -> None:
+    (case,) = find(["topk_indices[error-seq_lens_too_long]"])
+    subject, asked = runner.subject_of(case, 0), []
+
+    def op(**args: Any) -> None:
+        asked.append(context.effective()[2])
+        raise HalError("VALUE", "too long", fix="shorter")
+
+    for device in ("cpu", "cuda:0"):
+        assert runner._judge_bad(subject, op, dict(subject.inputs.args), device)["verdict"] == "PASS"
+    assert asked == ["auto", "values"]
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------

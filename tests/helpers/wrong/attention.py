@@ -116,6 +116,8 @@ SPARSE_ONLY = {
         row[: int((row < 0).int().argmax())].long() if (row < 0).any() else row.long()
     ),
     "reads all keys": lambda row, keys: torch.arange(keys) if (row >= 0).any() else row[:0].long(),
+    "at most 1024 keys": lambda row, keys: row[row >= 0].long()[:1024],
+    "the 1024th key twice": lambda row, keys: torch.cat([row[row >= 0][:1024], row[row >= 0][1023:]]).long(),
     "at most 16 keys": lambda row, keys: row[row >= 0].long()[:16],
     "one key twice": lambda row, keys: torch.cat([row[row >= 0], row[row >= 0][:1]]).long(),
     "indices one too high": lambda row, keys: (row[row >= 0].long() + 1).clamp_max(keys - 1),
@@ -128,6 +130,7 @@ DENSE = {
     "mask aligned top left": lambda i, new, keys: i + 1,
     "all new tokens masked as the first": lambda i, new, keys: keys - new + 1,
     "last key lost": lambda i, new, keys: min(keys - new + i + 1, keys - 1),
+    "at most 640 keys": lambda i, new, keys: min(keys - new + i + 1, 640),
 }
 
 PAGED = {

@@ -82,6 +82,7 @@ def elementary() -> list[Wrong]:
         bodied("silu_and_mul", "no clamp", honest.silu_and_mul(gate=lambda g, m: g, up=lambda u, m: u)),
         bodied("silu_and_mul", "NaN clamped away", honest.silu_and_mul(up=lambda u, m: torch.where(u > -m, torch.where(u < m, u, m), -m))),
         bodied("silu_and_mul", "silu clamped instead", honest.silu_and_mul(silu, gate=lambda g, m: g, up=lambda u, m: u.clamp(-m, m))),
+        bodied("hadamard", "stages in bfloat16", _stage_by_stage),
         bodied("hadamard", "no scale", _unscaled),
         bodied("hadamard", "other order of rows", honest.hadamard(lambda D: honest.sylvester(D).flip(0))),
         bodied("hadamard", "twice", lambda a: honest.hadamard()(Args(x=honest.hadamard()(a), scale=1.0))),
@@ -96,6 +97,14 @@ def _swapped_halves(a: Args) -> Tensor:
 
 def _interleaved_halves(a: Args) -> Tensor:
     return honest.silu_and_mul()(Args(x=torch.cat([a.x[..., 0::2], a.x[..., 1::2]], -1), limit=a.limit))
+
+
+def _stage_by_stage(a: Args) -> Tensor:
+    D = a.x.shape[-1]
+    y = a.x.reshape(-1, D)
+    for _ in range(D.bit_length() - 1):
+        y = torch.cat((y[:, 0::2] + y[:, 1::2], y[:, 0::2] - y[:, 1::2]), -1)
+    return (y * a.scale).reshape(a.x.shape)
 
 
 def _unscaled(a: Args) -> Tensor:

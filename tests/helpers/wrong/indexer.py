@@ -94,6 +94,7 @@ TOPK_ONLY: dict[str, tuple[Body, str | tuple[str, ...], Sequence[str]]] = {
     "NaN chosen": (honest.topk(eligible=lambda row: row != -torch.inf), "accuracy", DETERMINISTIC),
     "-inf chosen": (honest.topk(eligible=lambda row: ~row.isnan()), "accuracy", DETERMINISTIC),
     "0.0 before -0.0": (honest.topk(zero_is_small), "accuracy", CANONICAL),
+    "lowest number taken for a mask": (honest.topk(eligible=lambda row: row > torch.finfo(torch.bfloat16).min), "accuracy", DETERMINISTIC),
     "compared in bfloat16": (honest.topk(in_half), "accuracy", DETERMINISTIC),
     "garbage beyond the row": (honest.topk(length=lambda n: None), "accuracy", DETERMINISTIC),
     "last score of a row lost": (honest.topk(length=lambda n: max(n - 1, 0)), "accuracy", DETERMINISTIC),
