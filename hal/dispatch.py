@@ -19,6 +19,7 @@ from glm5_hal import context, observe, torchlib
 from glm5_hal.capability import Signature, TensorMeta
 from glm5_hal.errors import HalError
 from glm5_hal.guards import tensor_guard
+from glm5_hal.memory import check_apart
 from glm5_hal.metadata import signature_of
 from glm5_hal.resolve import Choice, Resolution, Step, resolve
 from glm5_hal.spec import OpSpec
@@ -55,7 +56,7 @@ class Op:
         self._remembers = sum(not a.optional for a in spec.args) >= GUARD_FROM
         self._lock = threading.RLock()
         self._epoch = 0
-        self._strided: frozenset[str] = frozenset(a.name for a in spec.args if a.layout != "any")
+        self._strided: frozenset[str] = frozenset(spec.mutates) | {a.name for a in spec.args if a.layout != "any"}
         self._functions = _compiled(self, self._strided)
         self._call, from_torch, self._key, self._alike = self._functions
         self.torch_op = torchlib.register(spec, from_torch.__get__(self))
@@ -135,15 +136,18 @@ class Op:
         return resolution.chosen
 
     def _guarded(self, fn: Callable[..., Any], call: Signature) -> Callable[..., Any]:
-        check = self.spec.check_values
+        spec, check = self.spec, self.spec.check_values
         level = context.effective()[2]
         on_cpu = all(m is None or m.device == "cpu" for m in call.tensors.values())
-        if check is None or level == "metadata" or (level == "auto" and not on_cpu):
+        if not (check or spec.mutates) or level == "metadata" or (level == "auto" and not on_cpu):
             return fn
-        names = tuple(self.spec.signature.parameters)
+        names = tuple(spec.signature.parameters)
 
         def checked(*args: Any, **kwargs: Any) -> Any:
-            check({**dict(zip(names, args, strict=False)), **kwargs})
+            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+            check_apart(spec, arguments)
+            if check is not None:
+                check(arguments)
             return fn(*args, **kwargs)
 
         return checked
@@ -284,7 +288,8 @@ def _compiled(op: Op, strided: frozenset[str]) -> tuple[Callable[..., Any], ...]
                 scalars.append(f"{name}.__class__")
             continue
         # size() is the cheaper spelling of .shape: 0.11 against 0.17 µs, measured.
-        parts = [f"{name}.dtype", f"{name}.size()", f"{name}.device"] + [f"{name}.stride()"] * (name in strided)
+        parts = [f"{name}.{what}" for what in ("dtype", "layout", "size()", "device")]
+        parts += [f"{name}.stride()"] * (name in strided)
         if arg.optional:
             key.append(f"None if {name} is None else ({', '.join(parts)})")
         else:
@@ -311,7 +316,9 @@ def _compiled(op: Op, strided: frozenset[str]) -> tuple[Callable[..., Any], ...]
         _kernel = _table[{whole}]"""
     run = f"""
     try:{find}
-    except (KeyError, AttributeError, TypeError):
+    except _HalError:
+        raise
+    except Exception:
         _kernel = None
     if _kernel is None:
         _kernel = self._miss({passed})
