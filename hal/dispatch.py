@@ -18,7 +18,7 @@ import torch
 from glm5_hal import context, observe, torchlib
 from glm5_hal.capability import Signature, TensorMeta
 from glm5_hal.errors import HalError
-from glm5_hal.guards import tensor_guard
+from glm5_hal.guards import innermost_transform, is_wrapped, tensor_guard
 from glm5_hal.memory import check_apart
 from glm5_hal.metadata import signature_of
 from glm5_hal.resolve import Choice, Resolution, Step, resolve
@@ -117,7 +117,8 @@ class Op:
         entry = observe.wrapped(self.spec.name, choice, self._guarded(choice.kernel.fn, call))
         observe.selected(self.spec.name, call, choice)
         with self._lock:
-            if epoch == self._epoch:  # else it was decided under settings that hold no longer
+            # Else it was decided under settings that hold no longer, or of tensors that a transform may wrap next time.
+            if epoch == self._epoch and innermost_transform() is None:
                 self._widen(resolution)
                 if len(self._table) >= TABLE_LIMIT:
                     self._table.clear()
@@ -242,6 +243,13 @@ def meta_of(spec: OpSpec, name: str, value: Any, optional: bool) -> TensorMeta |
             value=value,
             fix=spec.tensors[name].doc,
         )
+    if is_wrapped(value):
+        raise HalError(
+            "TYPE",
+            f"{spec.name}: {name} is wrapped by a torch.func transform (vmap, grad, jvp), and kernels read memory",
+            value=type(value),
+            fix="call the op outside of the transform; ops take whole batches",
+        )
     if value.layout != torch.strided:
         raise HalError(
             "STRIDE", f"{spec.name}: {name} has layout {value.layout}", value=value.layout, fix="use to_dense()"
@@ -274,7 +282,7 @@ def _compiled(op: Op, strided: frozenset[str]) -> tuple[Callable[..., Any], ...]
     Generated source, as in dataclasses and for the same reason: a loop over arguments would cost several times the
     whole budget of 2 µs. Its own names begin with an underscore, which no parameter's does.
     """
-    scalars, key, grads = ["_active()"], [], []
+    scalars, key, grads = ["_active()"], ["_transform() is None"], []
     # A fake tensor looks like a real one, but its type is another.
     key.append(f"{next(a.name for a in op.spec.args if not a.optional)}.__class__")
     if op._remembers:  # a guard knows tensors by their dispatch keys, which inference mode changes
@@ -348,6 +356,7 @@ def alike({declared}):
         "_grad_enabled": torch.is_grad_enabled,
         "_inference": torch.is_inference_mode_enabled,
         "_active": context.active.get,
+        "_transform": innermost_transform,
         "_table": op._table,
         "_cell": op._last,
         "_HalError": HalError,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def check_apart(spec: OpSpec, args: Mapping[str, Any]) -> None:
     """Raise HalError("STRIDE") where a written argument shares memory with another one."""
     given = {name: args[name] for name in spec.tensors if args[name] is not None}
-    for written in given.keys() & {*spec.mutates}:
+    for written in (name for name in spec.mutates if name in given):
         for name, tensor in given.items():
             if name != written and _shared(given[written], tensor):
                 raise HalError(

@@ -129,7 +129,7 @@ def signature_of(spec: OpSpec, metas: Mapping[str, TensorMeta | None], scalars: 
     bind_dtypes(spec, {name: meta.dtype if meta else None for name, meta in metas.items()})
     axes = bind_axes(spec, {name: meta.shape if meta else None for name, meta in metas.items()}, scalars)
     check_constraints(spec, axes, scalars, {name: meta.dtype for name, meta in metas.items() if meta})
-    check_device(spec, metas)
+    check_device(spec, {name: meta.device if meta else None for name, meta in metas.items()})
     for arg in spec.args:
         meta = metas[arg.name]
         if meta is not None and not _laid_out(arg, meta):
@@ -216,18 +216,18 @@ def check_constraints(
             )
 
 
-def check_device(spec: OpSpec, metas: Mapping[str, TensorMeta | None]) -> None:
+def check_device(spec: OpSpec, devices: Mapping[str, str | None]) -> None:
     first: tuple[str, str] | None = None
-    for name, meta in metas.items():
-        if meta is None:
+    for name, device in devices.items():
+        if device is None:
             continue
         if first is None:
-            first = (name, meta.device)
-        elif meta.device != first[1]:
+            first = (name, device)
+        elif device != first[1]:
             raise HalError(
                 "DEVICE",
-                f"{spec.name}: {name} is on {meta.device} and {first[0]} on {first[1]}",
-                value=meta.device,
+                f"{spec.name}: {name} is on {device} and {first[0]} on {first[1]}",
+                value=device,
                 fix="move the tensors to one device; nothing is ever copied for you",
             )
 
