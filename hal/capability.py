@@ -38,6 +38,19 @@ class TensorMeta:
             expected *= size
         return True
 
+    @property
+    def overlapping(self) -> bool:
+        """Whether two indices may name one element, as in a tensor that was expanded."""
+        if self.strides is None or 0 in self.shape:
+            return False
+        extent = 1
+        for stride, size in sorted(zip(self.strides, self.shape, strict=True)):
+            if size > 1:
+                if stride < extent:
+                    return True
+                extent += stride * (size - 1)
+        return False
+
 
 @dataclass(frozen=True)
 class Signature:

@@ -62,6 +62,15 @@ def _rebuild(cls: type[HalError], code: str, what: str, value: object, fix: str,
     return cls(code, what, value=value, fix=fix, trace=trace)
 
 
+def shown(value: object, limit: int = 80) -> str:
+    """A value in a message, whatever its own repr does."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - of someone else's object, or of an integer with too many digits
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """A `fix` sentence for an unknown name: the nearest known one, and the list."""
     import difflib

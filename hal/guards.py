@@ -1,13 +1,16 @@
-"""One C++ call that says whether tensors look exactly as they did before.
+"""What torch knows of tensors beyond their public API: do they look as they did before, and are they wrappers.
 
-torch compiles such guards for its own compiler. They cost a third of a Python tuple of dtypes, sizes and devices
-(0.55 against 1.8 µs for six tensors), and check at least as much. They are not public API: where a torch build lacks
-them or has changed them, `tensor_guard` answers None and the dispatcher uses its table alone.
+`tensor_guard` is one C++ call that says whether tensors look exactly as they did before. torch compiles such guards for
+its own compiler. They cost a third of a Python tuple of dtypes, sizes and devices (0.55 against 1.8 µs for six
+tensors), and check at least as much. They are not public API: where a torch build lacks them or has changed them,
+`tensor_guard` answers None and the dispatcher uses its table alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -34,3 +37,18 @@ def tensor_guard(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
     except (ImportError, AttributeError, TypeError, RuntimeError):
         pass
     return None
+
+
+def innermost_transform() -> Any:
+    """The torch.func transform that runs here and now (vmap, grad, jvp), or None."""
+    return _functorch("peek_interpreter_stack")()
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a torch.func transform stands between this tensor and its memory."""
+    return bool(_functorch("is_functorch_wrapped_tensor")(tensor))
+
+
+@cache
+def _functorch(name: str) -> Callable[..., Any]:
+    return getattr(getattr(torch._C, "_functorch", None), name, lambda *_: None)

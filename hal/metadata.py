@@ -8,8 +8,11 @@ from functools import cache
 from typing import Any
 
 from glm5_hal.capability import Signature, TensorMeta
-from glm5_hal.errors import HalError
+from glm5_hal.errors import HalError, shown
 from glm5_hal.spec import Arg, OpSpec
+
+#: Of float32.
+_LARGEST = (2 - 2.0**-23) * 2.0**127
 
 _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: lambda a, b: a + b,
@@ -126,7 +129,7 @@ def signature_of(spec: OpSpec, metas: Mapping[str, TensorMeta | None], scalars: 
     bind_dtypes(spec, {name: meta.dtype if meta else None for name, meta in metas.items()})
     axes = bind_axes(spec, {name: meta.shape if meta else None for name, meta in metas.items()}, scalars)
     check_constraints(spec, axes, scalars, {name: meta.dtype for name, meta in metas.items() if meta})
-    check_device(spec, metas)
+    check_device(spec, {name: meta.device if meta else None for name, meta in metas.items()})
     for arg in spec.args:
         meta = metas[arg.name]
         if meta is not None and not _laid_out(arg, meta):
@@ -137,6 +140,14 @@ def signature_of(spec: OpSpec, metas: Mapping[str, TensorMeta | None], scalars: 
                 value=meta.strides,
                 fix=f"allocate {arg.name} contiguous; a copy is never made for you",
             )
+        if meta is not None and arg.name in spec.mutates and meta.overlapping:
+            raise HalError(
+                "STRIDE",
+                f"{spec.name}: {arg.name} is written, and elements of it share memory: its strides are {meta.strides} "
+                f"for shape {meta.shape}",
+                value=meta.strides,
+                fix=f"allocate {arg.name} whole; an expanded tensor is one row under many names",
+            )
     return Signature(spec.name, dict(metas), dict(scalars), axes)
 
 
@@ -145,38 +156,43 @@ def _laid_out(arg: Arg, meta: TensorMeta) -> bool:
 
 
 def check_scalars(spec: OpSpec, scalars: Mapping[str, Any]) -> None:
+    """Type, choices and range of every scalar. Symbolic ones have a type only."""
     for scalar in spec.scalars:
         got = scalars[scalar.name]
         kind = spec.signature.parameters[scalar.name].annotation
         if not _is_a(got, kind):
-            raise HalError(
-                "TYPE",
-                f"{spec.name}: {scalar.name} is {got!r}, it should be {_spelled(kind)}",
-                value=got,
-                fix=scalar.doc,
-            )
-        if got is None:
+            code, wanted = "TYPE", _spelled(kind)
+        elif got is None or _is_symbolic(got):
             continue
-        if scalar.choices and got not in scalar.choices:
-            raise HalError(
-                "SCALAR",
-                f"{spec.name}: {scalar.name} is {got!r}, it should be one of {', '.join(map(repr, scalar.choices))}",
-                value=got,
-                fix=scalar.doc,
-            )
-        low, high = scalar.low, scalar.high
-        if (low is not None and not got >= low) or (high is not None and not got <= high):
-            bounds = " and ".join(f"{sign} {b}" for sign, b in ((">=", low), ("<=", high)) if b is not None)
-            raise HalError(
-                "SCALAR", f"{spec.name}: {scalar.name} is {got!r}, it should be {bounds}", value=got, fix=scalar.doc
-            )
+        elif scalar.choices and got not in scalar.choices:
+            code, wanted = "SCALAR", f"one of {', '.join(map(repr, scalar.choices))}"
+        elif not _fits(got):
+            code, wanted = "SCALAR", "finite in float32" if isinstance(got, float) else "an integer of 32 bits"
+        elif not (scalar.low is None or got >= scalar.low) or not (scalar.high is None or got <= scalar.high):
+            bounds = ((">=", scalar.low), ("<=", scalar.high))
+            code, wanted = "SCALAR", " and ".join(f"{sign} {b}" for sign, b in bounds if b is not None)
+        else:
+            continue
+        what = f"{spec.name}: {scalar.name} is {shown(got)}, it should be {wanted}"
+        raise HalError(code, what, value=got, fix=scalar.doc)
+
+
+def _fits(value: Any) -> bool:
+    """Kernels hold a number in fp32, and a count in 32 bits, as indices are."""
+    if isinstance(value, float):
+        return abs(value) <= _LARGEST
+    return not isinstance(value, int) or -(2**31) <= value < 2**31
+
+
+def _is_symbolic(value: Any) -> bool:
+    return type(value).__name__ in ("SymInt", "SymFloat")
 
 
 def _is_a(value: Any, kind: Any) -> bool:
     allowed = getattr(kind, "__args__", (kind,))
     if isinstance(value, bool):
         return bool in allowed
-    if type(value).__name__ in ("SymInt", "SymFloat"):
+    if _is_symbolic(value):
         return True
     return any(isinstance(value, (float, int) if k is float else k) for k in allowed)
 
@@ -200,18 +216,18 @@ def check_constraints(
             )
 
 
-def check_device(spec: OpSpec, metas: Mapping[str, TensorMeta | None]) -> None:
+def check_device(spec: OpSpec, devices: Mapping[str, str | None]) -> None:
     first: tuple[str, str] | None = None
-    for name, meta in metas.items():
-        if meta is None:
+    for name, device in devices.items():
+        if device is None:
             continue
         if first is None:
-            first = (name, meta.device)
-        elif meta.device != first[1]:
+            first = (name, device)
+        elif device != first[1]:
             raise HalError(
                 "DEVICE",
-                f"{spec.name}: {name} is on {meta.device} and {first[0]} on {first[1]}",
-                value=meta.device,
+                f"{spec.name}: {name} is on {device} and {first[0]} on {first[1]}",
+                value=device,
                 fix="move the tensors to one device; nothing is ever copied for you",
             )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from glm5_hal.errors import HalError
-from glm5_hal.metadata import bind_axes, bind_dtypes, check_constraints, out_shapes
+from glm5_hal.metadata import bind_axes, bind_dtypes, check_constraints, check_device, check_scalars, out_shapes
 from glm5_hal.spec import Arg, OpSpec
 
 NAMESPACE = "glm5"
@@ -64,6 +64,9 @@ def fake(spec: OpSpec) -> Callable[..., Any]:
             raise no_gradient(spec)
         scalars = {name: arguments[name] for name in spec.options}
         given = {n: None if t is None else str(t.dtype)[6:] for n, t in tensors.items()}
+        check_scalars(spec, scalars)
+        # Torch sends a call with one meta tensor here, too: its outputs would be memory that nobody has written.
+        check_device(spec, {n: None if t is None else str(t.device) for n, t in tensors.items()})
         dtypes = bind_dtypes(spec, given)
         axes = bind_axes(spec, {n: None if t is None else tuple(t.shape) for n, t in tensors.items()}, scalars)
         check_constraints(spec, axes, scalars, {n: d for n, d in given.items() if d is not None})

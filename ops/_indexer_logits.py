@@ -39,13 +39,14 @@ def indexer_logits(
     fmt = FORMATS[cache_format]
     T, _, D = q.shape
     out = torch.full((T, max_seq_len), -torch.inf, dtype=up(weights).dtype, device=q.device)
+    wide = torch.promote_types(up(q).dtype, out.dtype)
     for r, tokens, length in requests(cu_seqlens_q, seq_lens):
         positions = torch.arange(min(length, max_seq_len), device=q.device)
         keys, _ = caches.read(fmt, (index_cache,), slots_of(block_table[r], positions, index_cache.shape[1]), D)
         limits = causal_limits(tokens.stop - tokens.start, length, q.device)
         for t, limit in zip(range(tokens.start, tokens.stop), limits.tolist(), strict=True):
             seen = keys[: max(limit, 0)]
-            out[t, : len(seen)] = up(weights[t]) @ torch.relu(up(q[t]) @ seen.T)
+            out[t, : len(seen)] = weights[t].to(wide) @ torch.relu(q[t].to(wide) @ seen.T.to(wide))
     return out
 
 

@@ -23,9 +23,9 @@ LATENT_CACHE = (
 
 def attend(q: Tensor, latent: Tensor, rope: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Queries [H, W] over n >= 1 keys (latent [n, L], rope [n, R]): out [H, L] and natural-log lse [H]."""
-    keys = latent if rope is None else torch.cat([latent, rope], -1)
+    keys = (latent if rope is None else torch.cat([latent, rope], -1)).to(up(q).dtype)
     p, total, lse = softmax(up(q) @ keys.T * scale, q)
-    return p @ latent / total, lse
+    return p @ keys[:, : latent.shape[1]] / total, lse
 
 
 def softmax(scores: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -232,6 +232,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "no arguments": (lambda: pair.describe(), "TYPE", "missing a required argument"),
     "a list for a scalar": (lambda: pair(ones(), k=[1]), "TYPE", "k is [1]"),
     "a sparse tensor": (lambda: pair(ones().to_sparse()), "STRIDE", "layout torch.sparse_coo"),
+    "a second sparse tensor": (lambda: pair(ones(), ones().to_sparse()), "STRIDE", "y has layout torch.sparse_coo"),
+    "a crowd with a sparse one": (lambda: crowded(**crowd(b=ones().to_sparse())), "STRIDE", "b has layout"),
+    "numbers for a scalar": (lambda: crowded(**crowd(), k=ones()), "TYPE", "k is tensor([[1., 1."),
+    "an array for a scalar": (lambda: crowded(**crowd(), k=ones().numpy()), "TYPE", "k is array([[1., 1."),
     "a dtype": (lambda: pair(ones(dtype=torch.int64)), "DTYPE", "x is int64"),
     "a rank": (lambda: pair(ones(3)), "SHAPE", "needs 2 dims"),
     "a size": (lambda: pair(ones(), ones(3, 3)), "SHAPE", "T should be 2, not 3"),
@@ -310,6 +314,36 @@ def test_a_gradient_is_refused_whatever_came_before(path: str, first: str) -> No
             assert not call_crowd(**crowd(**asking)).requires_grad
         with torch.inference_mode():
             call_pair(asking["a"])
+
+
+TRANSFORMED: dict[str, Callable[[Callable[..., Any]], Any]] = {
+    "vmap": lambda f: torch.vmap(f)(ones(4, 2, 3)),
+    "vmap over one": lambda f: torch.vmap(lambda x: f(ones(), x))(ones(4, 2, 3)),
+    "vmap in vmap": lambda f: torch.vmap(torch.vmap(f))(ones(5, 4, 2, 3)),
+    "jvp": lambda f: torch.func.jvp(f, (ones(),), (ones(),)),
+    "grad of nothing": lambda f: torch.func.grad(lambda x: f(x.detach()).sum())(ones()),
+}
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("how", TRANSFORMED)
+def test_a_kernel_is_never_given_the_wrapper_of_a_transform(how: str, first: bool) -> None:
+    def native(x: Any, y: Any = None, *, k: int = 1, mode: str = "plain", flag: bool = False) -> Any:
+        x.data_ptr(), (x if y is None else y).data_ptr()
+        return x + k
+
+    with installed(stand_in("acme", [kernel_of(PAIR, fn=native), kernel_of(CROWD)])):
+        if first:
+            pair(ones()), pair(ones(), ones())
+        problem = raised(TRANSFORMED[how], pair)
+        assert problem.code == "TYPE"
+        assert "torch.func transform" in problem.what
+        assert pair(ones()).shape == (2, 3), "what was refused is not remembered"
+
+
+def test_a_plain_tensor_in_a_transform_is_served() -> None:
+    with installed(stand_in("acme", [kernel_of(PAIR)])):
+        assert torch.vmap(lambda x: x * pair(ones()))(ones(4, 2, 3)).shape == (4, 2, 3)
 
 
 # Kernels that raise

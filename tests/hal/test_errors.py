@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from glm5_hal.capability import Rejected
-from glm5_hal.errors import CODES, HalError, suggest
+from glm5_hal.errors import CODES, HalError, shown, suggest
 from glm5_hal.resolve import Step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,3 +111,15 @@ def test_an_error_never_causes_itself() -> None:
     assert problem.code == "VALUE"
     assert problem.__cause__ is None
     assert "[VALUE]" in "".join(traceback.format_exception(problem))
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def test_any_value_can_be_shown_in_a_message() -> None:
+    assert shown("x") == "'x'"
+    assert shown([1] * 1000) == f"[{'1, ' * 26}1..."
+    assert shown(Unspeakable()) == "a value of type Unspeakable"
+    assert shown(10**5000) == "a value of type int"

@@ -159,7 +159,13 @@ def test_what_is_accumulated_is_float64_only_where_the_activations_are() -> None
         ("scale", "x", "TYPE", "scale is 'x', it should be float"),
         ("scale", False, "TYPE", "scale is False, it should be float"),
         ("scale", -0.5, "SCALAR", "scale is -0.5, it should be >= 0.0"),
-        ("scale", math.nan, "SCALAR", "scale is nan"),
+        ("scale", math.nan, "SCALAR", "scale is nan, it should be finite"),
+        ("scale", math.inf, "SCALAR", "scale is inf, it should be finite in float32"),
+        ("scale", 1e39, "SCALAR", "scale is 1e+39, it should be finite in float32"),
+        ("scale", 10**400, "SCALAR", "it should be an integer of 32 bits"),
+        pytest.param("scale", 10**5000, "SCALAR", "scale is a value of type int, it should be an", id="many digits"),
+        ("k", 2**31, "SCALAR", "k is 2147483648, it should be an integer of 32 bits"),
+        ("k", [1] * 10_000, "TYPE", "1, 1..., it should be int"),
         ("mode", "odd", "SCALAR", "mode is 'odd', it should be one of 'plain', 'fancy'"),
         ("mode", 1, "TYPE", "mode is 1, it should be str"),
         ("flag", 1, "TYPE", "flag is 1, it should be bool"),
@@ -173,7 +179,7 @@ def test_a_scalar_of_another_type_or_outside_its_range(name: str, value: Any, co
     assert problem.value is value
 
 
-@pytest.mark.parametrize(("name", "value"), [("k", 1), ("k", 4096), ("scale", 2), ("scale", math.inf), ("flag", True)])
+@pytest.mark.parametrize(("name", "value"), [("k", 1), ("k", 4096), ("scale", 2), ("scale", 3e38), ("flag", True)])
 def test_bounds_are_inclusive_and_an_integer_is_a_float(name: str, value: Any) -> None:
     assert signature_of(CROWD, metas(), scalars(**{name: value})).scalars[name] is value
 
@@ -234,6 +240,16 @@ def test_a_page_is_contiguous_within() -> None:
     gap, inner = TensorMeta("float32", (2, 3), strides=(8, 1)), TensorMeta("float32", (2, 3), strides=(6, 2))
     assert signature_of(spec, {"x": x, "cache": gap}, {}).tensors["cache"] == gap
     assert "contiguous within each page" in raised(signature_of, spec, {"x": x, "cache": inner}, {}).what
+
+
+@pytest.mark.parametrize("strides", [(0, 1), (2, 1), (1, 1)])
+def test_what_is_written_is_no_element_under_two_names(strides: tuple[int, int]) -> None:
+    spec = dataclasses.replace(WRITE, args=(WRITE.args[0], dataclasses.replace(WRITE.args[1], layout="any")))
+    folded, whole = TensorMeta("float32", (2, 3), strides=strides), TensorMeta("float32", (2, 3), strides=(3, 1))
+    assert signature_of(spec, {"x": folded, "cache": whole}, {}).axes == {"T": 2, "D": 3}, "reading does no harm"
+    problem = raised(signature_of, spec, {"x": whole, "cache": folded}, {})
+    assert (problem.code, problem.value) == ("STRIDE", strides)
+    assert "elements of it share memory" in problem.what
 
 
 def test_the_signature_holds_what_the_requirements_read() -> None:

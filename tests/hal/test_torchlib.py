@@ -132,6 +132,17 @@ def test_a_fake_call_that_is_wrong_is_refused() -> None:
         assert raised(ops.rms_norm, x, torch.ones(4), eps=1e-5).code == "SHAPE"
         assert raised(torch.ops.glm5.rms_norm, x, torch.ones(4), eps=1e-5).code == "SHAPE"
         assert raised(torch.ops.glm5.rms_norm, x, torch.ones(3, dtype=torch.int32), eps=1e-5).code == "DTYPE"
+        assert raised(torch.ops.glm5.rms_norm, x, torch.ones(3), eps=-1.0).code == "SCALAR"
+
+
+@pytest.mark.parametrize("stranger", ["x", "weight"])
+def test_one_meta_tensor_does_not_turn_a_call_into_a_fake_one(stranger: str) -> None:
+    args = {"x": torch.ones(2, 3), "weight": torch.ones(3)}
+    args[stranger] = args[stranger].to("meta")
+    assert raised(torch.ops.glm5.rms_norm, **args, eps=1e-5).code == "DEVICE"
+    compiled = torch.compile(lambda **kw: ops.rms_norm(**kw, eps=1e-5), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="'DEVICE'"), torch.no_grad():
+        compiled(**args)
 
 
 # torch.compile

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import glm5_hal.backends.cpu.reference  # whoever imports `specs` must have the real ones, not the published
 import glm5_hal.ops
 from glm5_hal import context
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable

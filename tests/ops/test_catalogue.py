@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from glm5_hal import ops, torchlib
+from glm5_hal import ops, torchlib, use
 from glm5_hal.conformance import oracle
 from glm5_hal.conformance.inputs import Draw, digest
+from glm5_hal.dispatch import op_named
+from glm5_hal.errors import HalError
 from glm5_hal.metadata import bind_axes, bind_dtypes, out_shapes
 from glm5_hal.ops import names, specs
 from glm5_hal.ops._common.references import reference_of
@@ -125,3 +128,33 @@ def test_inputs_repeat_for_a_seed_and_differ_between_seeds(spec: OpSpec) -> None
     digests = [digest(spec.inputs(sample, "float32", Draw(seed, "x")).args) for seed in (0, 0, 1)]
     assert digests[0] == digests[1]
     assert digests[0] != digests[2]
+
+
+def one_of_each_format(spec: OpSpec) -> Mapping[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for sample in smoke(spec):
+        args = spec.inputs(sample, sample.dtypes[0], Draw(0, spec.name)).args
+        found.setdefault(args.get("cache_format", ""), dict(args))
+    return found
+
+
+def in_dtypes(spec: OpSpec, args: Mapping[str, Any], dtypes: Mapping[str, str]) -> dict[str, Any]:
+    kinds = {a.name: getattr(torch, dtypes.get(a.dtype, a.dtype)) for a in spec.args}
+    return {n: v.to(kinds[n]) if isinstance(v, torch.Tensor) else v for n, v in args.items()}
+
+
+@every_op
+@pytest.mark.parametrize("provider", ["cpu:torch", "cpu:reference"])
+def test_whatever_dtypes_are_declared_together_are_computed(spec: OpSpec, provider: str) -> None:
+    computed = 0
+    for args in one_of_each_format(spec).values():
+        for kinds in itertools.product(*spec.dtypes.values()):
+            call = in_dtypes(spec, args, dict(zip(spec.dtypes, kinds, strict=True)))
+            try:
+                op_named(spec.name).describe(**call)
+            except HalError:
+                continue
+            with use(provider):
+                op_named(spec.name)(**call)
+            computed += 1
+    assert computed >= len(one_of_each_format(spec))
