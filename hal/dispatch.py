@@ -21,7 +21,7 @@ from glm5_hal.errors import HalError
 from glm5_hal.guards import innermost_transform, is_wrapped, tensor_guard
 from glm5_hal.memory import check_apart
 from glm5_hal.metadata import signature_of
-from glm5_hal.resolve import Choice, Resolution, Step, resolve
+from glm5_hal.resolve import Choice, Resolution, Step, left_out, resolve
 from glm5_hal.spec import OpSpec
 
 #: A table that has grown past this is cleared: serving with ever new batch sizes must not leak.
@@ -81,7 +81,8 @@ class Op:
 
     def choose(self, *args: Any, **kwargs: Any) -> Choice:
         """The backend and kernel that serve such a call. Raises HalError("NO_KERNEL") with the whole trace."""
-        return self._chosen(self.resolution(self.describe(*args, **kwargs)))
+        call = self.describe(*args, **kwargs)
+        return self._chosen(call, self.resolution(call))
 
     def describe(self, *args: Any, **kwargs: Any) -> Signature:
         """The call's metadata, checked against the declaration."""
@@ -113,7 +114,7 @@ class Op:
         if any(_is_fake(arguments[name]) for name in self.spec.tensors):
             return self.torch_op  # type: ignore[no-any-return]
         resolution = self.resolution(call)
-        choice = self._chosen(resolution)
+        choice = self._chosen(call, resolution)
         entry = observe.wrapped(self.spec.name, choice, self._guarded(choice.kernel.fn, call))
         observe.selected(self.spec.name, call, choice)
         with self._lock:
@@ -131,9 +132,9 @@ class Op:
         guard = None if more else tensor_guard(needed)
         return [guard or NOTHING[0], self._alike(**arguments), kernel]
 
-    def _chosen(self, resolution: Resolution) -> Choice:
+    def _chosen(self, call: Signature, resolution: Resolution) -> Choice:
         if resolution.chosen is None:
-            raise _no_kernel(self.spec.name, resolution.trace)
+            raise _no_kernel(self.spec, call, resolution.trace)
         return resolution.chosen
 
     def _guarded(self, fn: Callable[..., Any], call: Signature) -> Callable[..., Any]:
@@ -261,7 +262,7 @@ def _is_fake(value: Any) -> bool:
     return type(value) is not torch.Tensor and type(value).__name__ in ("FakeTensor", "FunctionalTensor")
 
 
-def _no_kernel(op: str, trace: Sequence[Step]) -> HalError:
+def _no_kernel(spec: OpSpec, call: Signature, trace: Sequence[Step]) -> HalError:
     policy, require, _ = context.effective()
     wanted = f", require={sorted(require)}" if require else ""
     fix = next((getattr(s.decision, "fix", "") for s in trace), "")
@@ -269,9 +270,9 @@ def _no_kernel(op: str, trace: Sequence[Step]) -> HalError:
         fix = "install a backend for this device, or name one in GLM5_BACKEND; `glm5-hal doctor` lists what is there"
     return HalError(
         "NO_KERNEL",
-        f"no kernel takes this call of {op} under policy {policy.text!r} ({policy.provenance}{wanted})",
+        f"no kernel takes this call of {spec.name} under policy {policy.text!r} ({policy.provenance}{wanted})",
         fix=fix,
-        trace=trace,
+        trace=(*trace, *left_out(spec, call, context.catalogue(), policy.targets(spec.name))),
     )
 
 

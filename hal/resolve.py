@@ -118,6 +118,28 @@ def resolve(
     return Resolution(spec.name, chosen, tuple(trace), tuple(considered))
 
 
+def left_out(spec: OpSpec, call: Signature, catalogue: Catalogue, targets: Sequence[Target]) -> Iterator[Step]:
+    """What could compute on the call's device and was not considered, and how to allow it. Nothing is probed for this."""
+    device_type = _device_type(call)
+    walked = {entry.name: target for _, target, entry in _entries(targets, catalogue, device_type)}
+    for entry in catalogue.records:
+        if entry.status != "ok" or entry.backend is None or entry.backend.device_type != device_type:
+            continue
+        if entry.name not in walked:
+            fix = f"add ',{entry.name}' to GLM5_BACKEND to allow it"
+            yield Step(entry.name, Rejected("NOT_LISTED", "the policy does not name it", fix))
+        elif walked[entry.name].provider is None and _has_reference(catalogue, entry.name, spec.name):
+            name = f"{entry.name}:reference"
+            yield Step(name, Rejected("NOT_LISTED", "slow, and used only when it is named", f"GLM5_BACKEND={name}"))
+
+
+def _has_reference(catalogue: Catalogue, backend: str, op: str) -> bool:
+    try:
+        return any(kernel.provider == "reference" for kernel in catalogue.kernels(backend, op))
+    except HalError:  # said in the trace
+        return False
+
+
 def _device_type(call: Signature) -> str:
     return next((meta.device.split(":")[0] for meta in call.tensors.values() if meta is not None), "cpu")
 
