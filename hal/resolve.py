@@ -119,7 +119,7 @@ def resolve(
 
 
 def left_out(spec: OpSpec, call: Signature, catalogue: Catalogue, targets: Sequence[Target]) -> Iterator[Step]:
-    """What could compute on the call's device and was not considered, and how to allow it. Nothing is probed for this."""
+    """What could compute on the call's device and was not considered, and how to allow it; nothing is probed."""
     device_type = _device_type(call)
     walked = {entry.name: target for _, target, entry in _entries(targets, catalogue, device_type)}
     for entry in catalogue.records:
