@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from glm5_hal import plugins
@@ -20,26 +20,54 @@ class Catalogue:
 
     def __init__(self, records: Sequence[PluginRecord] | None = None) -> None:
         self._lock = threading.RLock()
-        self._records = None if records is None else tuple(records)
+        self._found = None if records is None else tuple(records)
+        self._settled: dict[str, tuple[PluginRecord, ...]] = {}
         self._devices: dict[str, Device | Unavailable] = {}
         self._kernels: dict[str, tuple[Kernel, ...] | HalError] = {}
 
     @property
+    def found(self) -> tuple[PluginRecord, ...]:
+        """Every plugin that is announced, loaded or not."""
+        with self._lock:
+            if self._found is None:
+                self._found = plugins.find()
+            return self._found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(record.name for record in self.found))
+
+    @property
     def records(self) -> tuple[PluginRecord, ...]:
-        if self._records is None:
-            with self._lock:
-                if self._records is None:
-                    self._records = plugins.discover()
-        return self._records
+        """All of them, loaded, in their order."""
+        return tuple(sorted((r for name in self.names for r in self.named(name)), key=plugins.order))
+
+    def named(self, name: str) -> tuple[PluginRecord, ...]:
+        """The records of one name, loaded: these and no others."""
+        with self._lock:
+            if name not in self._settled:
+                self._settled[name] = plugins.settle([r for r in self.found if r.name == name])
+            return self._settled[name]
+
+    def of_device(self, device_type: str) -> Iterator[PluginRecord]:
+        """What computes on such a device, in order. Outside plugins are not loaded until the built-in ones are through:
+        who is served by these never waits for those, nor fails with them."""
+        names = dict.fromkeys(r.name for r in self.found if r.builtin)
+        ours = [r for name in names for r in self.named(name) if r.builtin]
+        yield from (r for r in ours if r.backend is not None and r.backend.device_type == device_type)
+        theirs = (r for r in self.records if not r.builtin)
+        yield from (r for r in theirs if r.backend is not None and r.backend.device_type == device_type)
+
+    def vet(self) -> None:
+        """Try every outside plugin in a process of its own, before any is loaded here."""
+        with self._lock:
+            self._found = plugins.vetted(self.found)
 
     def record(self, name: str) -> PluginRecord:
         """The record that answers for a backend name. Raises HalError("UNKNOWN")."""
-        named = [r for r in self.records if r.name == name]
-        if not named:
-            raise HalError(
-                "UNKNOWN", f"no backend {name!r}", value=name, fix=suggest(name, {r.name for r in self.records})
-            )
-        return min(named, key=lambda r: r.status != "ok")
+        if name not in self.names:
+            raise HalError("UNKNOWN", f"no backend {name!r}", value=name, fix=suggest(name, self.names))
+        return min(self.named(name), key=lambda r: r.status != "ok")
 
     def device(self, name: str) -> Device | Unavailable:
         """What the backend's probe found, asked once per process."""

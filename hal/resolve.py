@@ -38,8 +38,9 @@ class Entry(Protocol):
 class Catalogue(Protocol):
     """What resolution needs to know of the installed backends."""
 
-    @property
-    def records(self) -> Sequence[Entry]: ...
+    def named(self, name: str) -> Sequence[Entry]: ...
+
+    def of_device(self, device_type: str) -> Iterator[Entry]: ...
 
     def device(self, name: str) -> Device | Unavailable: ...
 
@@ -123,15 +124,11 @@ def _device_type(call: Signature) -> str:
 
 
 def _entries(targets: Sequence[Target], catalogue: Catalogue, device_type: str) -> Iterator[tuple[int, Target, Entry]]:
-    """Backends in the order of the policy. ``auto`` takes every backend of the tensors' device, built-in ones first:
-    records come in that order."""
+    """Backends in the order of the policy. ``auto`` takes every backend of the tensors' device, built-in ones first."""
     for position, target in enumerate(targets):
-        for entry in catalogue.records:
-            if target.backend == "auto":
-                if entry.backend is not None and entry.backend.device_type == device_type:
-                    yield position, target, entry
-            elif entry.name == target.backend:
-                yield position, target, entry
+        named = target.backend != "auto"
+        for entry in catalogue.named(target.backend) if named else catalogue.of_device(device_type):
+            yield position, target, entry
 
 
 def _candidates(

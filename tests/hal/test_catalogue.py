@@ -131,11 +131,11 @@ def test_the_installed_backends_are_discovered_only_when_asked_for(monkeypatch: 
 
     asked: list[int] = []
 
-    def discover() -> tuple[PluginRecord, ...]:
+    def find() -> tuple[PluginRecord, ...]:
         asked.append(1)
         return (stand_in("acme"),)
 
-    monkeypatch.setattr(plugins, "discover", discover)
+    monkeypatch.setattr(plugins, "find", find)
     catalogue = Catalogue()
     assert asked == []
     assert [r.name for r in catalogue.records] == [r.name for r in catalogue.records] == ["acme"]
