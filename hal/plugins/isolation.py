@@ -104,7 +104,7 @@ def told(problem: BaseException, root: str = "") -> tuple[str, str]:
     """An exception in one line, with the place in the plugin, and its own fix if it has one."""
     try:
         text = problem.what if isinstance(problem, HalError) else str(problem)
-    except Exception:  # noqa: BLE001 - an exception's own __str__ may be broken too
+    except BaseException:  # noqa: BLE001 - an exception's own __str__ may be broken too, or leave
         text = "its message cannot be read"
     line = next((part.strip() for part in text.splitlines() if part.strip()), "")
     said = f"{type(problem).__name__}: {line}" if line else type(problem).__name__

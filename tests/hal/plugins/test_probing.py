@@ -144,3 +144,21 @@ def test_a_keyboard_interrupt_is_the_users_in_this_thread_and_the_plugins_in_its
     assert "the probe raised KeyboardInterrupt" in found.reason
     with pytest.raises(KeyboardInterrupt):
         probe(record, None)
+
+
+@ASKED
+@pytest.mark.parametrize("answer", ["Unavailable(5, 'x')", "Unavailable('x', None)"])
+def test_a_no_that_is_not_text_is_the_probes_fault(site: Site, ask: Ask, answer: str) -> None:
+    site.install("acme", probing(f"return {answer}"))
+    found = ask(site.record("acme"))
+    assert isinstance(found, Unavailable)
+    assert found.fault
+    assert "reason and fix that are text" in found.reason
+
+
+def test_an_exception_that_leaves_while_it_is_told_leaves_nothing(site: Site) -> None:
+    body = "class Leaving(Exception):\n    def __str__(self): raise SystemExit(4)\nraise Leaving"
+    site.install("acme", probing(body))
+    found = probe(site.record("acme"))
+    assert isinstance(found, Unavailable)
+    assert "the probe raised Leaving: its message cannot be read" in found.reason
