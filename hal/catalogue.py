@@ -8,10 +8,12 @@ from typing import Any
 
 from glm5_hal import plugins
 from glm5_hal.backend import Device, Kernel, Unavailable
-from glm5_hal.capability import one_of
+from glm5_hal.capability import Requirement, one_of
 from glm5_hal.errors import HalError, suggest
 from glm5_hal.metadata import axis_names
 from glm5_hal.plugins import PluginRecord
+from glm5_hal.plugins.isolation import told
+from glm5_hal.resolve import described
 from glm5_hal.spec import OpSpec
 
 
@@ -128,7 +130,7 @@ _READABLE = ("dtype", "shape", "strides", "device")
 def _check_requirements(kernel: Kernel, spec: OpSpec, whose: str) -> None:
     """Whatever a requirement reads must be there: a misspelt limit would never bind."""
     for requirement in kernel.requires:
-        for name, what in requirement.reads:
+        for name, what in _reads(requirement, kernel, whose):
             known = (
                 {*spec.tensors}
                 if what in _READABLE
@@ -139,11 +141,24 @@ def _check_requirements(kernel: Kernel, spec: OpSpec, whose: str) -> None:
             if name not in known:
                 raise HalError(
                     "CONTRACT",
-                    f"{whose}: kernel {kernel.op} of provider {kernel.provider} requires {requirement.describe()!r}, "
+                    f"{whose}: kernel {kernel.op} of provider {kernel.provider} requires {described(requirement)!r}, "
                     f"which reads the {what} of {name!r}, and its op has no such thing",
                     value=(name, what),
                     fix=suggest(name, known) if known else f"read among value, {', '.join(_READABLE)}",
                 )
+
+
+def _reads(requirement: Requirement, kernel: Kernel, whose: str) -> list[tuple[str, str]]:
+    try:
+        return [(str(name), str(what)) for name, what in requirement.reads]
+    except Exception as problem:
+        raise HalError(
+            "CONTRACT",
+            f"{whose}: kernel {kernel.op} of provider {kernel.provider}: what {described(requirement)!r} reads is not "
+            f"known: {told(problem)[0]}",
+            value=requirement,
+            fix='let reads be a frozenset of pairs such as ("x", "dtype")',
+        ) from problem
 
 
 def _plain_weights_unless_declared(kernel: Kernel, takes_format: bool) -> Kernel:

@@ -12,6 +12,7 @@ from typing import Protocol
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
 from glm5_hal.capability import ACCEPTED, Accepted, Decision, Rejected, Requirement, Signature
 from glm5_hal.errors import HalError
+from glm5_hal.plugins.isolation import told
 from glm5_hal.policy import Target
 from glm5_hal.spec import OpSpec
 
@@ -199,15 +200,25 @@ def _judge(spec: OpSpec, call: Signature, kernel: Kernel, device: Device, requir
     return ACCEPTED
 
 
+def described(requirement: Requirement) -> str:
+    """A requirement in its own words, if it has any."""
+    try:
+        return str(requirement.describe())
+    except Exception:  # noqa: BLE001 - of a vendor's own requirement
+        return type(requirement).__name__
+
+
 def _asked(requirement: Requirement, call: Signature, device: Device) -> Decision:
     """A requirement's answer; one that fails to answer is a no, for this kernel alone."""
     try:
         decision: object = requirement.test(call, device.facts)
-    except Exception as problem:  # noqa: BLE001 - a vendor's predicate may raise anything
-        decision = f"raised {type(problem).__name__}: {problem}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as problem:  # noqa: BLE001 - a vendor's predicate may raise anything, SystemExit too
+        decision = f"raised {told(problem)[0]}"
     if isinstance(decision, Decision):
         return decision
     said = decision if isinstance(decision, str) else f"answered {decision!r}, not Accepted or Rejected"
     return Rejected(
-        "CONTRACT", f"its requirement {requirement.describe()!r} {said}", "report it to the backend's maintainer"
+        "CONTRACT", f"its requirement {described(requirement)!r} {said}", "report it to the backend's maintainer"
     )
