@@ -103,9 +103,10 @@ def explain(
 
     What is not given comes from the op's first sample. Exit code 1 if no kernel takes the call.
     """
-    from glm5_hal.context import use
+    from glm5_hal.context import catalogue, use
     from glm5_hal.explanation import explain as ask
 
+    catalogue().vet()
     changes = dict(_setting(text) for text in settings or [])
     with use(backend, require=require):
         found = ask(op, **changes)

@@ -51,6 +51,19 @@ def catalogue() -> Catalogue:
     return _process.catalogue
 
 
+@contextmanager
+def installed(these: Catalogue) -> Iterator[Catalogue]:
+    """These backends and no others, in the whole process; then everything as it was, and learnt anew."""
+    before = _process.catalogue
+    reset()
+    _process.catalogue = these
+    try:
+        yield these
+    finally:
+        reset()
+        _process.catalogue = before
+
+
 def settings() -> Settings:
     """The environment's settings, read once. Raises HalError for a bad value or a near miss of a variable's name."""
     if _process.settings is None:
@@ -90,8 +103,8 @@ def validate(policy: Policy) -> None:
     """Every name in a policy must exist. Raises HalError("UNKNOWN") with the nearest name."""
     from glm5_hal.ops import names
 
-    installed = catalogue()
-    policies.validate(policy, names(), [r.name for r in installed.records], installed.providers)
+    known = catalogue()
+    policies.validate(policy, names(), known.names, known.providers)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
-from glm5_hal.errors import HalError, suggest
+from glm5_hal.errors import HalError, shown, suggest
 
 VARIABLES = ("GLM5_BACKEND", "GLM5_LOG", "GLM5_SHADOW")
 LOG_CHOICES = ("off", "info", "debug", "jsonl:PATH")
@@ -131,7 +131,9 @@ def validate(
     """
 
     def unknown(what: str, name: str, fix: str) -> HalError:
-        return HalError("UNKNOWN", f"policy {policy.text!r} ({policy.provenance}): {what}", value=name, fix=fix)
+        return HalError(
+            "UNKNOWN", f"policy {shown(policy.text, 200)} ({policy.provenance}): {what}", value=name, fix=fix
+        )
 
     for rule in policy.rules:
         if rule.pattern is not None and not any(fnmatchcase(op, rule.pattern) for op in ops):
@@ -147,7 +149,7 @@ def validate(
                 fix = suggest(target.backend, {*backends, "auto"})
                 if target.backend in ops:
                     fix = f"{target.backend!r} is an op: write {target.backend}={target.provider or 'backend'}"
-                raise unknown(f"no backend is called {target.backend!r}", target.backend, fix)
+                raise unknown(f"no backend is called {shown(target.backend)}", target.backend, fix)
             known = None if target.provider is None else providers(target.backend)
             if target.provider is not None and known is not None and target.provider not in known:
                 what = f"backend {target.backend!r} has no provider {target.provider!r}"
@@ -267,9 +269,12 @@ class _Reader:
         return Target(*names)
 
     def _error(self, at: int, piece: str, problem: str, fix: str) -> HalError:
-        found = f"{piece!r} at character {at + 1}" if piece else f"nothing at character {at + 1}"
+        found = f"{shown(piece)} at character {at + 1}" if piece else f"nothing at character {at + 1}"
         return HalError(
-            "POLICY", f"policy {self.text!r} ({self.provenance}): {problem}, found {found}", value=piece, fix=fix
+            "POLICY",
+            f"policy {shown(self.text, 200)} ({self.provenance}): {problem}, found {found}",
+            value=piece,
+            fix=fix,
         )
 
 
