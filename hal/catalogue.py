@@ -51,13 +51,13 @@ class Catalogue:
                 self._settled[name] = plugins.settle([r for r in self.found if r.name == name])
             return self._settled[name]
 
-    def of_device(self, device_type: str) -> Iterator[PluginRecord]:
+    def of_device(self, device_type: str, *, outside: bool = True) -> Iterator[PluginRecord]:
         """What computes on such a device, in order. Outside plugins are not loaded until the built-in ones are through:
-        who is served by these never waits for those, nor fails with them."""
+        who is served by these never waits for those, nor fails with them. Without ``outside`` they are left alone."""
         names = dict.fromkeys(r.name for r in self.found if r.builtin)
         ours = [r for name in names for r in self.named(name) if r.builtin]
         yield from (r for r in ours if r.backend is not None and r.backend.device_type == device_type)
-        theirs = (r for r in self.records if not r.builtin)
+        theirs = (r for r in self.records if not r.builtin) if outside else ()
         yield from (r for r in theirs if r.backend is not None and r.backend.device_type == device_type)
 
     def vet(self) -> None:

@@ -272,7 +272,7 @@ def _no_kernel(spec: OpSpec, call: Signature, trace: Sequence[Step]) -> HalError
         "NO_KERNEL",
         f"no kernel takes this call of {spec.name} under policy {policy.text!r} ({policy.provenance}{wanted})",
         fix=fix,
-        trace=(*trace, *left_out(spec, call, context.catalogue(), policy.targets(spec.name))),
+        trace=(*trace, *left_out(spec, call, context.catalogue(), policy.targets(spec.name), outside=False)),
     )
 
 

@@ -82,7 +82,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     policy, require, _ = context.effective()
     targets, catalogue = policy.targets(op), context.catalogue()
     found = resolve(spec, call, catalogue, targets, require, exhaustive=True)
-    others = tuple(left_out(spec, call, catalogue, targets))
+    others = tuple(left_out(spec, call, catalogue, targets, outside=True))
     return Explanation(call, policy.text, policy.provenance, found, others)
 
 

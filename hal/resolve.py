@@ -41,7 +41,7 @@ class Catalogue(Protocol):
 
     def named(self, name: str) -> Sequence[Entry]: ...
 
-    def of_device(self, device_type: str) -> Iterator[Entry]: ...
+    def of_device(self, device_type: str, *, outside: bool = True) -> Iterator[Entry]: ...
 
     def device(self, name: str) -> Device | Unavailable: ...
 
@@ -120,24 +120,28 @@ def resolve(
     return Resolution(spec.name, chosen, tuple(trace), tuple(considered))
 
 
-def left_out(spec: OpSpec, call: Signature, catalogue: Catalogue, targets: Sequence[Target]) -> Iterator[Step]:
-    """What could compute on the call's device and was not considered, and how to allow it; nothing is probed."""
+def left_out(
+    spec: OpSpec, call: Signature, catalogue: Catalogue, targets: Sequence[Target], *, outside: bool
+) -> Iterator[Step]:
+    """What could compute on the call's device and was not considered, and how to allow it; nothing is probed.
+
+    Without ``outside`` only built-in backends count: a plugin that nobody named is not loaded for an error's sake.
+    """
     device_type = _device_type(call)
-    walked = {entry.name: target for _, target, entry in _entries(targets, catalogue, device_type)}
-    for entry in catalogue.records:
-        if entry.status != "ok" or entry.backend is None or entry.backend.device_type != device_type:
-            continue
-        if entry.name not in walked:
-            fix = f"add ',{entry.name}' to GLM5_BACKEND to allow it"
-            yield Step(entry.name, Rejected("NOT_LISTED", "the policy does not name it", fix))
-        elif walked[entry.name].provider is None and _has_reference(catalogue, entry.name, spec.name):
+    walked = {entry.name: (target, entry) for _, target, entry in _entries(targets, catalogue, device_type)}
+    for target, entry in walked.values():
+        if target.provider is None and _has_reference(catalogue, entry, spec.name):
             name = f"{entry.name}:reference"
             yield Step(name, Rejected("NOT_LISTED", "slow, and used only when it is named", f"GLM5_BACKEND={name}"))
+    for entry in catalogue.of_device(device_type, outside=outside):
+        if entry.status == "ok" and entry.name not in walked:
+            fix = f"add ',{entry.name}' to GLM5_BACKEND to allow it"
+            yield Step(entry.name, Rejected("NOT_LISTED", "the policy does not name it", fix))
 
 
-def _has_reference(catalogue: Catalogue, backend: str, op: str) -> bool:
+def _has_reference(catalogue: Catalogue, entry: Entry, op: str) -> bool:
     try:
-        return any(kernel.provider == "reference" for kernel in catalogue.kernels(backend, op))
+        return entry.status == "ok" and any(k.provider == "reference" for k in catalogue.kernels(entry.name, op))
     except HalError:  # said in the trace
         return False
 

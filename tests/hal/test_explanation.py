@@ -68,7 +68,7 @@ def test_what_comes_after_the_choice_answers_too() -> None:
 def test_what_the_policy_leaves_out_is_shown_with_what_would_allow_it() -> None:
     slow = Kernel("topk_indices", "reference", TOPK.reference)
     small = Kernel("topk_indices", "native", TOPK.reference, (limit("top_k", 2048),))
-    others = [stand_in("other", [small]), stand_in("quux", [small], device_type="quux")]
+    others = [stand_in("other", [small], builtin=True), stand_in("quux", [small], device_type="quux")]
     with installed(stand_in("acme", [small, slow]), *others), glm5_hal.use("acme"):
         found = explain("topk_indices", top_k=4096)
         problem = raised(glm5_hal.ops.topk_indices, torch.zeros(1, 9), torch.tensor([9]).int(), top_k=4096)
