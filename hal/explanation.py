@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm5_hal import context
-from glm5_hal.capability import Signature, TensorMeta
 from glm5_hal.errors import HalError, suggest
 from glm5_hal.metadata import bind_axes, evaluate, signature_of
 from glm5_hal.resolve import Resolution, Step, left_out, resolve
+from glm5_hal.signature import Signature, TensorMeta
 from glm5_hal.spec import OpSpec
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm5_hal import context
-from glm5_hal.capability import Signature
 from glm5_hal.resolve import Choice
+from glm5_hal.signature import Signature
 
 log = logging.getLogger("glm5_hal")
 log.addHandler(logging.NullHandler())

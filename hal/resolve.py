@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
-from glm5_hal.capability import ACCEPTED, Accepted, Decision, Rejected, Requirement, Signature
+from glm5_hal.capability import ACCEPTED, Accepted, Decision, Rejected, Requirement
 from glm5_hal.errors import HalError
 from glm5_hal.plugins.isolation import told
 from glm5_hal.policy import Target
+from glm5_hal.signature import Signature
 from glm5_hal.spec import OpSpec
 
 
@@ -130,7 +131,7 @@ def left_out(
     device_type = _device_type(call)
     walked = {entry.name: (target, entry) for _, target, entry in _entries(targets, catalogue, device_type)}
     for target, entry in walked.values():
-        if target.provider is None and _has_reference(catalogue, entry, spec.name):
+        if target.provider is None and _has_reference(catalogue, entry, spec.name, device_type):
             name = f"{entry.name}:reference"
             yield Step(name, Rejected("NOT_LISTED", "slow, and used only when it is named", f"GLM5_BACKEND={name}"))
     for entry in catalogue.of_device(device_type, outside=outside):
@@ -139,9 +140,11 @@ def left_out(
             yield Step(entry.name, Rejected("NOT_LISTED", "the policy does not name it", fix))
 
 
-def _has_reference(catalogue: Catalogue, entry: Entry, op: str) -> bool:
+def _has_reference(catalogue: Catalogue, entry: Entry, op: str, device_type: str) -> bool:
+    if entry.status != "ok" or entry.backend is None or entry.backend.device_type != device_type:
+        return False
     try:
-        return entry.status == "ok" and any(k.provider == "reference" for k in catalogue.kernels(entry.name, op))
+        return any(kernel.provider == "reference" for kernel in catalogue.kernels(entry.name, op))
     except HalError:  # said in the trace
         return False
 

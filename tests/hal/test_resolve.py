@@ -14,11 +14,8 @@ from toys import CROWD, PAIR, PIPE, call_of, installed, kernel_of, published, st
 from glm5_hal.backend import Kernel, Unavailable
 from glm5_hal.capability import (
     Accepted,
-    Facts,
     Rejected,
     Requirement,
-    Signature,
-    TensorMeta,
     absent,
     arch,
     at_least,
@@ -38,6 +35,7 @@ from glm5_hal.ops._common.references import reference_of
 from glm5_hal.plugins import PluginRecord
 from glm5_hal.policy import parse
 from glm5_hal.resolve import Resolution, resolve
+from glm5_hal.signature import Facts, Signature, TensorMeta
 from glm5_hal.spec import OpSpec
 
 QUUX = call_of(PAIR, "quux:1")

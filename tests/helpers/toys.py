@@ -16,12 +16,13 @@ import glm5_hal.backends.cpu.reference  # whoever imports `specs` must have the 
 import glm5_hal.ops
 from glm5_hal import context
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
-from glm5_hal.capability import Requirement, Signature, TensorMeta
+from glm5_hal.capability import Requirement
 from glm5_hal.catalogue import Catalogue
 from glm5_hal.dispatch import Op, make_op
 from glm5_hal.errors import HalError
 from glm5_hal.metadata import bind_axes
 from glm5_hal.plugins import Checkup, PluginRecord, load, probe
+from glm5_hal.signature import Signature, TensorMeta
 from glm5_hal.spec import Arg, BitExact, Cost, Inputs, OpSpec, Out, Sample, Scalar
 from glm5_hal.trial import tiny_kernel
 
