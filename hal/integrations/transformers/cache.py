@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from glm5_hal.errors import HalError
+from glm5_hal.integrations.transformers.checks import refuse
 from glm5_hal.integrations.transformers.pages import Pages
 from glm5_hal.integrations.transformers.step import Step, decode_slots, offsets
 from glm5_hal.state import CacheFormat, StepPlan
@@ -96,7 +96,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
         if not self._pads_host:
             self._begin(batch)
         if batch != len(self._pads_host):
-            raise HalError(
+            refuse(
                 "SHAPE",
                 f"the cache holds {len(self._pads_host)} rows, this pass has {batch}",
                 value=batch,
@@ -109,7 +109,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
         counts = [columns] * batch if real is None else real.sum(1).tolist()
         if end > self._ready:
             if compiling:
-                raise HalError(
+                refuse(
                     "CONFIG",
                     f"compiled code cannot grow the cache: it has room for {self._ready} columns",
                     value=end,
@@ -159,7 +159,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
         if not self._pads_host:
             self._begin(batch_size)
         if batch_size not in (0, len(self._pads_host)):
-            raise HalError(
+            refuse(
                 "SHAPE",
                 f"the cache holds {len(self._pads_host)} rows, not {batch_size}",
                 value=batch_size,
@@ -187,7 +187,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
         return self.seen + query_length, 0
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        raise HalError(
+        refuse(
             "CONFIG",
             "a PagedCache is written by the operators; this model's attention is transformers' own",
             fix="call apply(model) before the model runs with this cache",
@@ -204,7 +204,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns (transformers counts them negatively)."""
         if tokens_to_remove > 0:
-            raise HalError(
+            refuse(
                 "SCALAR",
                 f"crop({tokens_to_remove}): the number of columns to remove is negative, as in transformers",
                 value=tokens_to_remove,
@@ -266,7 +266,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
         """[B, S]: which new columns are real; None if all are."""
         if mask is None:
             if self._real is not None:
-                raise HalError(
+                refuse(
                     "VALUE",
                     "this pass has no attention_mask, but earlier ones had padding",
                     fix="pass the whole mask, [batch, all columns so far and the new ones]",
@@ -274,7 +274,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
             return None
         wanted = (batch, self.seen + columns)
         if tuple(mask.shape) != wanted:
-            raise HalError(
+            refuse(
                 "SHAPE",
                 f"attention_mask has shape {tuple(mask.shape)}, here it must be {wanted}: rows, columns so far and new",
                 value=tuple(mask.shape),
@@ -286,10 +286,9 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
             torch._assert_async(mask[:, known:].all(), "compiled passes take no new padding")
             return None
         if not torch.equal(mask[:, : self.seen], self._columns()):
-            raise HalError(
+            refuse(
                 "VALUE",
                 "attention_mask calls tokens of earlier passes padding that were real then, or the other way round",
-                value=mask,
                 fix="keep the mask of earlier columns as it was; to hide tokens, start a new cache",
             )
         real = mask[:, self.seen :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,14 @@ from glm5_hal.integrations.transformers import rope
 
 #: The modules of a layer whose weights are read from a plain nn.Linear.
 LINEARS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+
+
+def refuse(code: str, what: str, *, value: object = None, fix: str) -> NoReturn:
+    """Raise a HalError, also while code is being compiled: dynamo runs this, and cannot trace the making of one."""
+    raise HalError(code, what, value=value, fix=fix)
+
+
+torch.compiler.assume_constant_result(refuse)  # type: ignore[no-untyped-call] # marks it; as a decorator it hides its type
 
 
 def supported(decoder: Any) -> None:
@@ -33,7 +41,7 @@ def supported(decoder: Any) -> None:
             _no(f"layer {i}: the latents' norms have eps {sorted(latents)}", "both share one")
     devices = {t.device for t in decoder.parameters()}
     if len(devices) > 1 or any(d.type == "meta" for d in devices):
-        raise HalError(
+        refuse(
             "DEVICE",
             f"the model's parameters are on {', '.join(sorted(map(str, devices)))}",
             value=devices,
@@ -47,13 +55,13 @@ def supported(decoder: Any) -> None:
 def can_run(decoder: Any, kwargs: dict[str, Any]) -> None:
     """Whether a pass asks for something that the operators do not give. Raises HalError if so."""
     if torch.is_grad_enabled() and any(p.requires_grad for p in decoder.parameters()):
-        raise HalError(
+        refuse(
             "GRAD",
             "the operators have no gradients, and the model's parameters require them",
             fix="call it under torch.no_grad(), or remove(model) to train",
         )
     if decoder.training and decoder.config.attention_dropout:
-        raise HalError(
+        refuse(
             "GRAD",
             f"the model is in training mode with attention_dropout={decoder.config.attention_dropout}",
             value=decoder.config.attention_dropout,
@@ -74,7 +82,7 @@ def mask(attention_mask: Any) -> Tensor | None:
     what = (
         f"shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
     )
-    raise HalError(
+    refuse(
         "SHAPE",
         f"attention_mask is {what}; the operators know causal attention with padding only",
         value=what,
@@ -89,11 +97,11 @@ def not_packed(position_ids: Tensor) -> None:
 
 
 def _no(what: str, why: str) -> None:
-    raise HalError("CONFIG", f"{what}: {why}", value=what, fix="change it, or run the model without apply")
+    refuse("CONFIG", f"{what}: {why}", value=what, fix="change it, or run the model without apply")
 
 
 def _foreign(name: str, value: Any) -> None:
-    raise HalError(
+    refuse(
         "TYPE",
         f"{name} is {type(value).__name__}; only plain floating-point weights are supported",
         value=type(value).__name__,

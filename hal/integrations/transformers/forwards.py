@@ -15,10 +15,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from glm5_hal import context, ops
-from glm5_hal.errors import HalError
 from glm5_hal.integrations.transformers import checks, rope
 from glm5_hal.integrations.transformers.attention import Pass
 from glm5_hal.integrations.transformers.cache import PagedCache
+from glm5_hal.integrations.transformers.checks import refuse
 from glm5_hal.integrations.transformers.step import active
 
 
@@ -63,7 +63,7 @@ def _cache(self: Any, given: Any, use_cache: bool | None) -> PagedCache:
     if given is None:
         return PagedCache(self, keep=bool(use_cache))
     if not isinstance(given, PagedCache):
-        raise HalError(
+        refuse(
             "TYPE",
             f"past_key_values is {type(given).__name__}; the operators write a PagedCache",
             value=type(given).__name__,
@@ -86,7 +86,7 @@ def _policy(self: Any, i: int, compiling: bool) -> Any:
     if text is None:
         return nullcontext()
     if compiling:
-        raise HalError(
+        refuse(
             "POLICY",
             f"layer {i} has a policy of its own, which compiled code cannot keep",
             value=text,
@@ -141,7 +141,7 @@ def prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, Any
     """In place of a causal model's `_prepare_cache_for_generation`: `generate` gets a PagedCache where it makes one."""
     kind = generation_config.cache_implementation
     if kind not in (None, "dynamic"):
-        raise HalError(
+        refuse(
             "CONFIG",
             f"cache_implementation={kind!r}: the operators write a PagedCache",
             value=kind,

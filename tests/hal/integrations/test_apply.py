@@ -224,7 +224,7 @@ def test_what_a_model_may_not_be(changes: dict[str, Any], code: str) -> None:
 
 
 def test_other_models_and_other_layers_are_refused() -> None:
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1))
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1))
     assert refused(apply, llama).code == "TYPE"
 
     class Adapted(nn.Linear):

@@ -27,7 +27,7 @@ def decoded(small: Any, step: Any, cache: PagedCache, padded: bool) -> list[torc
     def given(end: int, columns: int) -> dict[str, Any]:
         if not padded:
             return {}
-        mask = MASK[:, :end]
+        mask = MASK[:, :end].contiguous()
         return {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -columns:]}
 
     logits = [small(tokens(2, PROMPT), past_key_values=cache, **given(PROMPT, PROMPT)).logits[:, -1:]]
