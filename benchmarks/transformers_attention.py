@@ -274,7 +274,7 @@ def report(options: argparse.Namespace, dtype: torch.dtype) -> None:
     ]
     weights = sum(p.numel() * p.element_size() for p in decode.model.layers[0].self_attn.parameters())
     del decode
-    rows.append(result(f"block, prefill of {PREFILL}", dtype, turns(Block(dtype, PREFILL, 0)), 2))
+    rows.append(result(f"block, prefill of {PREFILL}", dtype, turns(Block(dtype, PREFILL, 0)), 1))
     memory = growths(options.dtype, options.threads)
     machine = limits(options.repeat)
     bound = weights / machine["read_GB_s"] / 1e6
