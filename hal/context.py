@@ -86,6 +86,9 @@ def _forked() -> None:
         module = sys.modules.get(name)
         if module is not None:
             module.renew_locks()
+    shadow = sys.modules.get("glm5_hal.shadow")
+    if shadow is not None:
+        shadow.forked()
     reset()
 
 
@@ -135,7 +138,7 @@ def use(
         raise HalError("UNKNOWN", f"no attribute {name!r}", value=name, fix=suggest(name, ATTRIBUTES))
     if check is not None and check not in CHECKS:
         raise HalError("UNKNOWN", f"no check level {check!r}", value=check, fix=suggest(check, CHECKS))
-    if _capturing():
+    if capturing():
         raise HalError(
             "CAPTURE",
             "the policy was changed while a device graph is being captured",
@@ -148,8 +151,9 @@ def use(
         active.reset(token)
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
+    """Whether a device graph is being captured here and now."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False
-    return bool(torch.cuda.is_current_stream_capturing())
+    return bool(torch.cuda.is_current_streamcapturing())

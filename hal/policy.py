@@ -14,11 +14,13 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
+from glm5_hal import shadow
 from glm5_hal.errors import HalError, shown, suggest
+from glm5_hal.shadow import Shadow
 
 VARIABLES = ("GLM5_BACKEND", "GLM5_LOG", "GLM5_SHADOW")
 LOG_CHOICES = ("off", "info", "debug", "jsonl:PATH")
@@ -93,6 +95,7 @@ class Settings:
     policy: Policy
     log: LogSetting
     foreign: tuple[str, ...] = ()
+    shadow: Shadow = field(default_factory=Shadow)
 
 
 def parse(text: str, provenance: str) -> Policy:
@@ -169,15 +172,11 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
             raise HalError(
                 "UNKNOWN", f"{name} is set, and means nothing", value=name, fix=f"{meant} was meant? rename or unset it"
             )
-    if environ.get("GLM5_SHADOW", "") not in ("", "off"):
-        value = environ["GLM5_SHADOW"]
-        raise HalError(
-            "CONFIG", f"GLM5_SHADOW={value!r}: shadow mode is not built yet", value=value, fix="unset GLM5_SHADOW"
-        )
     policy = parse(environ["GLM5_BACKEND"], "GLM5_BACKEND") if "GLM5_BACKEND" in environ else parse("auto", "default")
     log = _log(environ["GLM5_LOG"]) if "GLM5_LOG" in environ else LogSetting()
     foreign = sorted(name for name in environ if name.startswith("GLM5_") and name not in VARIABLES)
-    return Settings(policy, log, tuple(foreign))
+    sampled = shadow.parse(environ["GLM5_SHADOW"], "GLM5_SHADOW") if "GLM5_SHADOW" in environ else Shadow()
+    return Settings(policy, log, tuple(foreign), sampled)
 
 
 def _near_miss(name: str) -> str | None:

@@ -303,12 +303,6 @@ def test_shadow_may_be_off(value: str) -> None:
     assert from_environment({"GLM5_SHADOW": value}).foreign == ()
 
 
-def test_shadow_mode_is_not_promised_before_it_exists() -> None:
-    with pytest.raises(HalError, match="not built yet") as caught:
-        from_environment({"GLM5_SHADOW": "mla_*:0.01"})
-    assert (caught.value.code, caught.value.fix) == ("CONFIG", "unset GLM5_SHADOW")
-
-
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
