@@ -155,12 +155,45 @@ def bench(
     ] = "standard",
     dtype: Annotated[str, typer.Option(help="Storage dtype.")] = "bfloat16",
     seconds: Annotated[float, typer.Option(help="Time budget per case.", min=0.01)] = 0.5,
+    model: Annotated[
+        str | None, typer.Option(help="Time whole layers instead: glm-5, glm-5.2, deepseek-v3.2 or a config.json.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="With --model: cached tokens.", min=0)] = 4096,
+    batch: Annotated[int, typer.Option(help="With --model: rows.", min=1)] = 1,
+    tokens: Annotated[int, typer.Option(help="With --model: new tokens of each row.", min=1)] = 1,
+    experts: Annotated[int, typer.Option(help="With --model: routed experts that are built.", min=1)] = 8,
+    device: Annotated[str, typer.Option(help="With --model: device, as torch names it.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Time kernels on the suite's shapes, against this machine's measured copy bandwidth and matmul rate."""
+    """Time kernels on the suite's shapes, against this machine's measured copy bandwidth and matmul rate.
+
+    With --model, a dense and a sparse layer of a model at its real widths: which kernel serves each op, how often and
+    how long. That needs transformers.
+    """
+    if model is not None:
+        _bench_model(
+            model, as_json, backend=backend, dtype=dtype, device=device, context=context, batch=batch, tokens=tokens,
+            experts=experts,
+        )  # fmt: skip
+        return
     from glm5_hal.conformance.bench import measure, render
 
     found = measure(backend, op or ["*"], level, dtype, seconds, progress=not as_json and sys.stderr.isatty())
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    Console(markup=False).print(render(found))
+
+
+def _bench_model(model: str, as_json: bool, **settings: Any) -> None:
+    try:
+        from glm5_hal.integrations.transformers.bench import measure, render
+    except ImportError as problem:
+        fix = "pip install 'glm5-hal[transformers]'"
+        raise HalError("CONFIG", f"--model needs transformers: {problem}", value=model, fix=fix) from None
+    found = measure(model, **settings)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return
