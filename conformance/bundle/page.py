@@ -1,0 +1,280 @@
+"""The report for people: one view of a bundle, as Markdown and as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from glm5_hal.conformance.bundle import plots
+from glm5_hal.conformance.bundle.manifest import Manifest
+from glm5_hal.conformance.profiles import Claim
+from glm5_hal.conformance.results import VERDICTS, Result, succeeded
+from glm5_hal.conformance.waivers import Book, Tally, Waiver, counted
+
+#: What a kind of evidence says about the chip.
+EVIDENCE = {
+    "hardware": "computed on the device that is named here",
+    "emulated": "the vendor's real schemas with CPU maths: it says nothing about the chip's numbers",
+    "interpreted": "run by an interpreter on a CPU: it says nothing about the chip's numbers",
+    "simulated": "run on a stand-in for the device: it says nothing about the chip's numbers",
+    "compiled": "compiled ahead of time and never run",
+}
+
+#: What the verdicts mean, in one line each.
+MEANING = {
+    "PASS": "every check that applies is met",
+    "FAIL": "a check failed, or the kernel raised",
+    "XFAIL": "failed, and a waiver excuses it until it expires",
+    "XPASS": "passed although a waiver expects a failure; the waiver must go",
+    "UNSUPPORTED": "the kernel declares that it does not take such a call",
+    "MISTRUSTED": "the inputs prove nothing about a kernel",
+    "CRASH": "the process died",
+    "HANG": "no answer in time",
+    "OOM": "the device ran out of memory",
+    "ERROR": "the suite itself failed",
+    "NOT_RUN": "not run",
+}
+
+_ELEMENT = re.compile(r"at (\[[\d, ]*\]|flat index \d+):? (?:got )?(\S+?),? (?:expected|and) (\S+)")
+
+
+@dataclass(frozen=True)
+class OpRow:
+    """All cases of one op on one target. ``share`` is the median part of the measured limit, of what passed."""
+
+    op: str
+    target: str
+    counts: Mapping[str, int]
+    cases: int
+    worst: float | None
+    criterion: str
+    share: float | None
+    dots: Sequence[plots.Dot]
+    height: int
+    failed: Sequence[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that lets the run fail, with the first wrong element where one is known: (where, got, expected)."""
+
+    index: int
+    result: Result
+    element: tuple[str, str, str] | None
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """Cases that are refused for one reason."""
+
+    code: str
+    detail: str
+    target: str
+    cases: Sequence[str]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a report shows, in the order in which it does."""
+
+    manifest: Manifest
+    headline: str
+    ok: bool
+    evidence: str
+    counts: Mapping[str, int]
+    waived: str
+    claims: Sequence[Claim]
+    rows: Sequence[OpRow]
+    scale: plots.Scale
+    ticks: Sequence[plots.Tick]
+    failures: Sequence[Failure]
+    unsupported: Sequence[Unsupported]
+    waivers: Sequence[tuple[Waiver, Tally]]
+    roofline: plots.Roofline | None
+    results: Sequence[Result]
+
+
+def view(manifest: Manifest, results: Sequence[Result], book: Book, claims: Sequence[Claim]) -> View:
+    """Everything that the report says, from what the bundle holds."""
+    scale = plots.error_scale(results)
+    tallies = {t.id: t for t in book.tally(results)}
+    return View(
+        manifest=manifest,
+        headline=_headline(results),
+        ok=succeeded(results),
+        evidence=EVIDENCE.get(manifest.device.evidence, "not known"),
+        counts={v: n for v in VERDICTS if (n := sum(r.verdict == v for r in results))},
+        waived=counted(list(tallies.values())) or "no waivers",
+        claims=claims,
+        rows=_rows(manifest, results, scale),
+        scale=scale,
+        ticks=plots.error_ticks(scale),
+        failures=[Failure(i, r, first_wrong(r.detail)) for i, r in enumerate(results) if not r.ok],
+        unsupported=_unsupported(results),
+        waivers=[(w, tallies[w.id]) for w in book.waivers],
+        roofline=plots.roofline(results, manifest.limits),
+        results=results,
+    )
+
+
+def first_wrong(detail: str) -> tuple[str, str, str] | None:
+    """Where the first wrong element is, what it is and what it should be, as a check's answer names them."""
+    found = _ELEMENT.search(detail)
+    return (found[1], found[2], found[3].rstrip(",;")) if found else None
+
+
+def _headline(results: Sequence[Result]) -> str:
+    failed = sum(not r.ok for r in results)
+    passed = sum(r.verdict == "PASS" for r in results)
+    if not results:
+        return "No case was run"
+    if failed:
+        return f"{failed} of {len(results)} cases fail"
+    if not passed:
+        return f"Nothing was judged: none of {len(results)} cases passed or failed"
+    return (
+        f"All {passed} cases pass" if passed == len(results) else f"{passed} of {len(results)} cases pass, none fails"
+    )
+
+
+def _rows(manifest: Manifest, results: Sequence[Result], scale: plots.Scale) -> list[OpRow]:
+    groups: dict[tuple[str, str], list[tuple[int, Result]]] = {}
+    for index, r in enumerate(results):
+        groups.setdefault((r.op, r.backend), []).append((index, r))
+    rows = []
+    for (op, target), group in sorted(groups.items()):
+        dots, height = plots.error_dots(group, scale)
+        worst = max((r.worst for _, r in group if r.worst[0] is not None), default=(None, ""), key=_ratio)
+        shares = sorted(
+            s for _, r in group if r.verdict == "PASS" and (s := plots.of_limit(r, manifest.limits)) is not None
+        )
+        failed = [(i, r.case[len(op) :].strip("[]")) for i, r in group if not r.ok]
+        counts = Counter(r.verdict for _, r in group)
+        share = shares[len(shares) // 2] if shares else None
+        rows.append(OpRow(op, target, counts, len(group), *worst, share, dots, height, failed))
+    return rows
+
+
+def _ratio(worst: tuple[float | None, str]) -> float:
+    return worst[0] or 0.0
+
+
+def _unsupported(results: Sequence[Result]) -> list[Unsupported]:
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for r in results:
+        if r.verdict == "UNSUPPORTED":
+            groups.setdefault((r.code, r.detail, r.backend), []).append(r.case)
+    found = [Unsupported(*key, tuple(ids)) for key, ids in groups.items()]
+    return sorted(found, key=lambda u: (-len(u.cases), u.code, u.detail, u.target))
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def html(shown: View) -> str:
+    return str(_environment(True).get_template("report.html.j2").render(v=shown, rows=_table(shown), data=_data(shown)))
+
+
+def markdown(shown: View) -> str:
+    return str(_environment(False).get_template("report.md.j2").render(v=shown))
+
+
+@cache
+def _environment(escape: bool) -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=escape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {"percent": percent, "seconds": seconds, "cell": cell, "code": code, "ids": _ids}
+    made.globals |= {"MEANING": MEANING, "si": plots.si}
+    return made
+
+
+def percent(share: float | None) -> str:
+    """A share for people: two digits that count, "exact" where there is no error to speak of."""
+    if share is None:
+        return "–"
+    if share == float("inf"):
+        return "∞"
+    if share >= 10:
+        return f"{share:,.0f}×"
+    return f"{share:.1f}×" if share > 2 else f"{100 * share:.0f} %" if share >= 0.01 else "<1 %" if share else "0 %"
+
+
+def seconds(value: float) -> str:
+    """A time for people."""
+    if not value:
+        return "–"
+    return f"{value * 1e6:.0f} µs" if value < 1e-3 else f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def cell(text: str) -> str:
+    """Text in a Markdown table or list."""
+    one_line = " ".join(text.split())
+    return re.sub(r"([\\`*_<>|\[\]#])", r"\\\1", one_line)
+
+
+def code(text: str) -> str:
+    """Text as Markdown's code, whatever it has in it."""
+    one_line = " ".join(text.split()).replace("|", "\\|")
+    longest = max((len(run) for run in re.findall("`+", one_line)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {one_line} {fence}" if longest else f"`{one_line}`"
+
+
+def _ids(cases: Iterable[str], most: int = 400) -> str:
+    listed = list(cases)
+    rest = f" … and {len(listed) - most} more" if len(listed) > most else ""
+    return "  ".join(listed[:most]) + rest
+
+
+@dataclass(frozen=True)
+class _Row:
+    result: Result
+    ratio: float | None
+    limit: float | None
+
+    @property
+    def rank(self) -> float:
+        """Where the row sorts by error: what has no number is below all that have one."""
+        return -1.0 if self.ratio is None else min(self.ratio, 1e30)
+
+
+def _table(shown: View) -> list[_Row]:
+    return [_Row(r, r.worst[0], plots.of_limit(r, shown.manifest.limits)) for r in shown.results]
+
+
+def _data(shown: View) -> str:
+    """What the page's script shows of a case on demand, as JSON that cannot end its element."""
+    rows = [
+        {
+            "e": {k: [_short(v), _short(r.budget.get(k, 0.0))] for k, v in r.errors.items()},
+            "c": {k: v for k, v in r.checks.items() if v != "ok"},
+            "n": sum(v == "ok" for v in r.checks.values()),
+            "d": r.detail,
+            "k": r.kernel,
+            "r": r.repro,
+            "i": r.inputs,
+            "w": r.waiver,
+            "a": list(r.claims),
+        }
+        for r in shown.results
+    ]
+    text = json.dumps(rows, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"
