@@ -1,4 +1,4 @@
-"""``glm5-hal conformance``: run the suite, list its cases."""
+"""``glm5-hal conformance``: run the suite, list its cases; and what is done with a bundle."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from glm5_hal.conformance.bundle import commands
 
 if TYPE_CHECKING:
     from glm5_hal.conformance.cases import Case
@@ -129,3 +131,6 @@ def list_cases(level: Level = "full", op: Ops = None, as_json: Json = False) -> 
         return
     for c in found:
         typer.echo(c.id)
+
+
+commands.register(app)

@@ -121,7 +121,7 @@ class Trial:
 def waiting(device: str) -> Callable[[], None]:
     """What waits until a device has done all that it was given."""
     kind = device.split(":")[0]
-    return (lambda: None) if kind == "cpu" else getattr(torch, kind).synchronize  # type: ignore[no-any-return]
+    return (lambda: None) if kind == "cpu" else getattr(torch, kind).synchronize
 
 
 #: How many bytes lie before and after every buffer, and what is in each of them and of a layout's gaps.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ RESULTS, MANIFEST, SUMS = "results.jsonl", "manifest.json", "SHA256SUMS"
 DERIVED = ("junit.xml", "report.md", "report.html")
 
 #: Everything that a bundle consists of.
-NAMES = (RESULTS, MANIFEST, WAIVERS, *DERIVED, SUMS)
+NAMES = report.BUNDLE
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,17 @@ def seal(folder: Path) -> None:
     """Write SHA256SUMS over the bundle's files, as `sha256sum -c` reads it."""
     lines = [f"{sha256(folder / name)}  {name}\n" for name in sorted(NAMES) if name != SUMS]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def resum(folder: Path, names: Iterable[str]) -> None:
+    """Renew the lines of some files in SHA256SUMS. The others stay as they are: what was edited still shows."""
+    lines = dict.fromkeys(names, "")
+    if (folder / SUMS).is_file():
+        text = (folder / SUMS).read_text(encoding="utf-8")
+        lines = {line.partition("  ")[2]: line.partition("  ")[0] for line in text.splitlines()} | lines
+    lines |= {name: sha256(folder / name) for name in names}
+    content = "".join(f"{digest}  {name}\n" for name, digest in sorted(lines.items()))
+    (folder / SUMS).write_text(content, encoding="utf-8", newline="\n")
 
 
 def sha256(path: Path) -> str:

@@ -70,6 +70,14 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Failures:
+    """Cases of one op that fail for one reason on one target: the first, and the others."""
+
+    first: Failure
+    others: Sequence[Failure]
+
+
+@dataclass(frozen=True)
 class Unsupported:
     """Cases that are refused for one reason."""
 
@@ -93,7 +101,7 @@ class View:
     rows: Sequence[OpRow]
     scale: plots.Scale
     ticks: Sequence[plots.Tick]
-    failures: Sequence[Failure]
+    failures: Sequence[Failures]
     unsupported: Sequence[Unsupported]
     waivers: Sequence[tuple[Waiver, Tally]]
     roofline: plots.Roofline | None
@@ -115,7 +123,7 @@ def view(manifest: Manifest, results: Sequence[Result], book: Book, claims: Sequ
         rows=_rows(manifest, results, scale),
         scale=scale,
         ticks=plots.error_ticks(scale),
-        failures=[Failure(i, r, first_wrong(r.detail)) for i, r in enumerate(results) if not r.ok],
+        failures=_failures(results),
         unsupported=_unsupported(results),
         waivers=[(w, tallies[w.id]) for w in book.waivers],
         roofline=plots.roofline(results, manifest.limits),
@@ -163,6 +171,15 @@ def _rows(manifest: Manifest, results: Sequence[Result], scale: plots.Scale) -> 
 
 def _ratio(worst: tuple[float | None, str]) -> float:
     return worst[0] or 0.0
+
+
+def _failures(results: Sequence[Result]) -> list[Failures]:
+    groups: dict[tuple[str, ...], list[Failure]] = {}
+    for index, r in enumerate(results):
+        if not r.ok:
+            key = (r.op, r.backend, r.verdict, r.code)
+            groups.setdefault(key, []).append(Failure(index, r, first_wrong(r.detail)))
+    return [Failures(group[0], group[1:]) for group in groups.values()]
 
 
 def _unsupported(results: Sequence[Result]) -> list[Unsupported]:

@@ -4,17 +4,18 @@ are pixels."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from glm5_hal.conformance.bundle.manifest import Limits
 from glm5_hal.conformance.results import Result
 
-#: Shares of the width that the two edges take: left what has no error at all, right what has no number or no limit.
-LEFT, RIGHT = 6.0, 94.0
+#: Shares of the width: where errors begin and end, and where what is beyond them or failed without a number lies. Left
+#: of them is what has no error at all.
+LEFT, RIGHT, BEYOND = 10.0, 94.0, 97.0
 
-#: Down: the first line of dots, the next ones, how many there may be, and the space below.
-FIRST, STEP, LINES, BELOW = 9, 6, 7, 9
+#: Pixels down: from one dot to the next, and around them; how many dots lie above each other at most.
+STEP, MARGIN, LINES = 6, 6, 7
 
 
 @dataclass(frozen=True)
@@ -66,25 +67,29 @@ def error_ticks(scale: Scale) -> list[Tick]:
 
 
 def error_dots(results: Sequence[tuple[int, Result]], scale: Scale) -> tuple[list[Dot], int]:
-    """A dot per judged case, those of like size above each other; and the height that they need."""
-    crowd: dict[int, int] = {}
-    dots = []
+    """A dot per case that has an error to show or failed, those of like size around each other; and the height that
+    they need."""
+    places: dict[int, list[tuple[int, float, Result]]] = {}
+    exact = 0
     for index, r in sorted(results, key=lambda item: (item[1].worst[0] or 0.0, item[0])):
-        kind = kind_of(r)
-        if kind == "none":
+        kind, ratio = kind_of(r), r.worst[0]
+        if kind == "none" or (kind == "pass" and not r.errors):
             continue
-        ratio = r.worst[0]
-        bad = kind != "pass"
-        if ratio is None or ratio == 0:
-            x = 97.0 if bad else 2.5
+        if ratio:
+            x = BEYOND if ratio >= scale.high else scale.place(ratio)
+        elif kind == "pass":  # side by side where there are many
+            x, exact = 1.5 + exact // LINES * 1.1, exact + 1
         else:
-            x = 97.0 if ratio >= scale.high else scale.place(ratio)
-        column = round(x * 0.8)
-        line = crowd.get(column, 0)
-        crowd[column] = line + 1
-        dots.append(Dot(index, x, FIRST + STEP * (line % LINES), kind, r.dtype))
-    lines = min(max(crowd.values(), default=1), LINES)
-    return dots, FIRST + STEP * (lines - 1) + BELOW
+            x = BEYOND
+        places.setdefault(round(x), []).append((index, x, r))
+    lines = min(max(map(len, places.values()), default=1), LINES)
+    height = STEP * lines + 2 * MARGIN
+    dots = []
+    for crowd in places.values():
+        for n, (index, x, r) in enumerate(crowd):
+            away = (n % LINES + 1) // 2 * (1 if n % 2 else -1)
+            dots.append(Dot(index, x, height / 2 + STEP * away, kind_of(r), r.dtype))
+    return dots, height
 
 
 def kind_of(result: Result) -> str:
@@ -146,7 +151,7 @@ def roofline(results: Sequence[Result], limits: Limits, height: int = 300) -> Ro
     down = Scale(_below(min(ys)), _above(max(*ys, *rates.values())), height - 12.0, 12.0)
     dots = [Dot(i, across.place(x), down.place(y), "pass", results[i].dtype) for i, (x, y) in sorted(timed.items())]
     roofs = [_roof(d, rate, limits.bytes_per_second, across, down) for d, rate in sorted(rates.items())]
-    return Roofline(dots, roofs, _ticks(across, "", 6), _ticks(down, "FLOP/s", 6), height)
+    return Roofline(dots, roofs, _ticks(across, "{:g}".format), _ticks(down, lambda v: f"{si(v)}FLOP/s"), height)
 
 
 def _roof(dtype: str, rate: float, bandwidth: float, across: Scale, down: Scale) -> Roof:
@@ -171,10 +176,10 @@ def _above(value: float) -> float:
     return float(10.0 ** math.ceil(math.log10(value)))
 
 
-def _ticks(scale: Scale, unit: str, most: int) -> list[Tick]:
+def _ticks(scale: Scale, label: Callable[[float], str]) -> list[Tick]:
     first, last = round(math.log10(scale.low)), round(math.log10(scale.high))
-    step = max(1, math.ceil((last - first) / most))
-    return [Tick(scale.place(10.0**p), f"{si(10.0**p)}{unit}".strip()) for p in range(first, last + 1, step)]
+    step = max(1, math.ceil((last - first) / 6))
+    return [Tick(scale.place(10.0**p), label(10.0**p)) for p in range(first, last + 1, step)]
 
 
 def si(value: float) -> str:
@@ -187,11 +192,3 @@ def si(value: float) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def by_dtype(results: Sequence[Result]) -> Mapping[str, int]:
-    """How many cases there are of each dtype."""
-    found: dict[str, int] = {}
-    for r in results:
-        found[r.dtype] = found.get(r.dtype, 0) + 1
-    return found
