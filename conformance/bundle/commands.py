@@ -62,7 +62,7 @@ def verify(
         for problem in problems:
             typer.echo(str(problem))
         if done is not None:
-            how = "verdicts, inputs and errors" if done.numbers else "verdicts and inputs"
+            how = f"verdicts and inputs, not errors ({done.unlike})" if done.unlike else "verdicts, inputs and errors"
             typer.echo(f"Computed {len(done.cases)} cases again (--seed {choice}), compared {how}.")
         state = f"{len(problems)} problems: invalid" if problems else f"{len(cases)} cases: consistent"
         typer.echo(f"{folder}: {state}. {UNSIGNED}")

@@ -45,9 +45,18 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """The median of B's time over A's, over an op's timed cases."""
+
+    op: str
+    cases: int
+    factor: float
+
+
+@dataclass(frozen=True)
 class Diff:
     """``pairs``: which target of A was compared with which of B. ``notes``: what else differs, so that it is not put
-    down to the kernels."""
+    down to the kernels. ``speed``: by op, the median factor of one call's time; a single call is too noisy to list."""
 
     pairs: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
@@ -55,6 +64,7 @@ class Diff:
     verdicts: tuple[Change, ...]
     errors: tuple[Ratio, ...]
     times: tuple[Ratio, ...]
+    speed: tuple[Speed, ...]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,13 +78,15 @@ def diff(a: Bundle, b: Bundle) -> Diff:
     changes = [Change(n, x.verdict, y.verdict, y.detail or x.detail) for n, x, y in both if x.verdict != y.verdict]
     changes += [Change(n, r.verdict, ABSENT, "") for n, r in first.items() if n not in second]
     changes += [Change(n, ABSENT, r.verdict, r.detail) for n, r in second.items() if n not in first]
+    timed = [(n, x.kernel_seconds, y.kernel_seconds) for n, x, y in both if x.ok and y.ok]
     return Diff(
         pairs=pairs,
         notes=tuple(_notes(a.manifest, b.manifest)),
         cases=len(first.keys() | second.keys()),
         verdicts=tuple(sorted(changes, key=lambda c: (not c.worse, ABSENT in (c.a, c.b), c.case))),
         errors=_ratios([(n, x.worst[0], y.worst[0]) for n, x, y in both], ERROR),
-        times=_ratios([(n, x.kernel_seconds, y.kernel_seconds) for n, x, y in both if x.ok and y.ok], TIME),
+        times=_ratios(timed, TIME),
+        speed=_speed(timed),
     )
 
 
@@ -99,6 +111,15 @@ def _ratios(values: Sequence[tuple[str, float | None, float | None]], least: flo
     found = [Ratio(name, a, b, b / a) for name, a, b in values if a and b and a < float("inf")]
     far = [r for r in found if not 1 / least < r.factor < least]
     return tuple(sorted(far, key=lambda r: (-max(r.factor, 1 / r.factor), r.case)))
+
+
+def _speed(timed: Sequence[tuple[str, float, float]]) -> tuple[Speed, ...]:
+    factors: dict[str, list[float]] = {}
+    for name, a, b in timed:
+        if a and b:
+            factors.setdefault(name.partition("[")[0], []).append(b / a)
+    rows = [Speed(op, len(values), sorted(values)[len(values) // 2]) for op, values in factors.items()]
+    return tuple(sorted(rows, key=lambda s: (-s.factor, s.op)))
 
 
 def _notes(a: Manifest, b: Manifest) -> list[str]:
@@ -132,17 +153,20 @@ def render(found: Diff, most: int = 20) -> RenderableType:
         for c in found.verdicts:
             table.add_row(c.a, Text(c.b, "red" if c.worse else ""), Text(c.case), Text(c.why))
         parts.append(table)
-    for title, rows, form in (
-        ("error as a share of its budget", found.errors, "{:.1%}"),
-        ("seconds of one call", found.times, "{:.2e}"),
-    ):
-        if rows:
-            table = Table("case", box=SIMPLE, header_style="bold", title=title, title_justify="left")
-            for column in ("A", "B", "B/A"):
-                table.add_column(column, justify="right")
-            for r in rows[:most]:
-                table.add_row(Text(r.case), form.format(r.a), form.format(r.b), f"{r.factor:.2f}×")
-            parts.append(table)
-            if len(rows) > most:
-                parts.append(Text(f"and {len(rows) - most} more (--json has all)", style="dim"))
+    if found.errors:
+        table = Table("case", box=SIMPLE, header_style="bold", title="error / budget", title_justify="left")
+        for column in ("A", "B", "B/A"):
+            table.add_column(column, justify="right")
+        for r in found.errors[:most]:
+            table.add_row(Text(r.case), f"{r.a:.1%}", f"{r.b:.1%}", f"{r.factor:.2f}×")
+        parts.append(table)
+        if len(found.errors) > most:
+            parts.append(Text(f"and {len(found.errors) - most} more (--json has all)", style="dim"))
+    if found.speed:
+        table = Table("op", box=SIMPLE, header_style="bold", title="time, median B/A", title_justify="left")
+        table.add_column("cases", justify="right")
+        table.add_column("B/A", justify="right")
+        for s in found.speed:
+            table.add_row(s.op, str(s.cases), f"{s.factor:.2f}×")
+        parts.append(table)
     return Group(*parts)

@@ -52,7 +52,8 @@ def suite() -> Suite:
     return Suite(glm5_hal.__version__, origin, commit, clean, code.hexdigest())
 
 
-def spec_hashes() -> dict[str, str]:
+@cache
+def spec_hashes() -> Mapping[str, str]:
     """One hash per op, over its declaration, its reference, its samples and the helpers that ops share: everything in
     the source but docstrings, comments and blank lines."""
     from glm5_hal import state

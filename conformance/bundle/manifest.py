@@ -155,7 +155,7 @@ def describe(
     return {
         "suite": suite(),
         "spec": combined(hashes),
-        "specs": hashes,
+        "specs": dict(hashes),
         "selection": selection,
         "case_list": case_list(cases),
         "device": Facts.of(judged[0].facts),

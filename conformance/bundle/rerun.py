@@ -19,19 +19,19 @@ SAME = 1e-3
 
 @dataclass(frozen=True)
 class Rerun:
-    """What came of it. ``numbers``: errors were compared too, because it ran on the same kind of device with the same
-    versions and threads."""
+    """What came of it. ``unlike``: what is other here than in the bundle, so that errors were not compared; "" where
+    they were."""
 
     cases: tuple[str, ...]
-    numbers: bool
+    unlike: str
     problems: tuple[Problem, ...]
 
 
 def rerun(bundle: Bundle, count: int, seed: int, device: str | None = None) -> Rerun:
-    """Compute ``count`` results again, chosen by ``seed`` among those that gave inputs to compare, kernels first.
+    """Compute ``count`` results again, chosen by ``seed``.
 
     Verdicts must be the same; so must the inputs' hashes; and the errors, where the kernel claims ``deterministic`` and
-    device, versions and threads are those of the bundle.
+    device and versions are those of the bundle.
 
     Raises:
         HalError: UNKNOWN, PLUGIN or UNAVAILABLE where the bundle's backend or its device is not here.
@@ -44,7 +44,7 @@ def rerun(bundle: Bundle, count: int, seed: int, device: str | None = None) -> R
     selection = bundle.manifest.selection
     chosen = random.Random(seed).sample(bundle.results, min(count, len(bundle.results)))
     judged = {name: runner.targets(name, device)[0] for name in sorted({r.backend for r in chosen})}
-    numbers = all(_alike(bundle.manifest, Facts.of(t.facts)) for t in judged.values())
+    unlike = next(filter(None, (_unlike(bundle.manifest, Facts.of(t.facts)) for t in judged.values())), "")
     threads = torch.get_num_threads()
     torch.set_num_threads(max(bundle.manifest.host.threads, 1))
     problems = []
@@ -56,18 +56,21 @@ def rerun(bundle: Bundle, count: int, seed: int, device: str | None = None) -> R
                 problems.append(Problem("RERUN", recorded.case, "is not known here"))
                 continue
             again = bundle.book.judged(next(runner.run([case], [judged[recorded.backend]], selection.seed)))
-            problems += [Problem("RERUN", recorded.case, what) for what in _differences(recorded, again, numbers)]
+            problems += [Problem("RERUN", recorded.case, what) for what in _differences(recorded, again, not unlike)]
     finally:
         torch.set_num_threads(threads)
-    return Rerun(tuple(r.case for r in chosen), numbers, tuple(problems))
+    return Rerun(tuple(r.case for r in chosen), unlike, tuple(problems))
 
 
-def _alike(manifest: Manifest, here: Facts) -> bool:
-    """Whether numbers computed here should be the recorded ones."""
-    there, mine = manifest.device, host()
-    versions = [{k: v for k, v in f.versions.items() if k != "threads"} for f in (there, here)]
-    same = (there.type, there.name, there.arch, there.features) == (here.type, here.name, here.arch, here.features)
-    return same and versions[0] == versions[1] and mine.versions == manifest.host.versions
+def _unlike(manifest: Manifest, here: Facts) -> str:
+    """Why numbers that are computed here need not be the recorded ones."""
+    there = manifest.device
+    facts = {name: (getattr(there, name), getattr(here, name)) for name in ("type", "name", "arch", "features")}
+    for recorded, mine in ((there.versions, here.versions), (manifest.host.versions, host().versions)):
+        # Threads are set as they were.
+        names = (recorded.keys() | mine.keys()) - {"threads"}
+        facts |= {name: (recorded.get(name), mine.get(name)) for name in sorted(names)}
+    return ", ".join(f"{name} {b} here, {a} there" for name, (a, b) in facts.items() if a != b)
 
 
 def _differences(recorded: Result, again: Result, numbers: bool) -> Iterator[str]:
