@@ -102,7 +102,7 @@ def _finite(value: Any) -> Any:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a ``results.jsonl``."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def succeeded(results: Sequence[Result]) -> bool:

@@ -106,7 +106,8 @@ def read(folder: Path) -> Bundle:
         manifest = Manifest.from_dict(json.loads(_text(folder, MANIFEST)))
     except (TypeError, ValueError) as problem:
         raise Malformed(MANIFEST, str(problem)) from None
-    results = tuple(_result(line, n) for n, line in enumerate(_text(folder, RESULTS).splitlines(), 1))
+    lines = _text(folder, RESULTS).removesuffix("\n")  # not splitlines: what kernels say may have U+2028 in it
+    results = tuple(_result(line, n) for n, line in enumerate(lines.split("\n") if lines else [], 1))
     text = _text(folder, WAIVERS)
     try:
         waivers = parse(text)

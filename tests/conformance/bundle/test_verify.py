@@ -254,6 +254,12 @@ def test_a_file_that_is_missing_is_named(bundle: Path, name: str) -> None:
     assert ("MISSING", name) in named(found(bundle))
 
 
+def test_what_kernels_say_does_not_break_the_lines(bundle: Path) -> None:
+    said = "line\u2028separator\x85 and \x1c"
+    result(FAILS, lambda r: r.update(detail=said))(bundle)
+    assert next(r.detail for r in files.read(bundle).results if r.case == FAILS) == said
+
+
 def test_a_file_too_many_is_named(bundle: Path) -> None:
     (bundle / "deep").mkdir()
     (bundle / "deep/note.txt").write_text("fine")
