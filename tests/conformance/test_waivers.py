@@ -217,3 +217,57 @@ def test_a_plugins_file_lies_beside_its_module(tmp_path: Path, monkeypatch: pyte
             assert [w.id for w in waivers.load("standin", "x", {}).waivers] == ["norm-scale"]
         context._process.catalogue = type(catalogue)((replace(record, value="nowhere.at.all"),))
         assert waivers.load("standin", "x", {}).waivers == ()
+
+
+# --- in pytest -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("case", "outcome"),
+    [("rms_norm[bfloat16-tokens]", pytest.xfail.Exception), ("rms_norm[bfloat16-uneven]", pytest.fail.Exception)],
+)
+def test_pytest_xfails_what_is_waived_and_fails_the_rest(case: str, outcome: type[BaseException]) -> None:
+    import bundles
+
+    from glm5_hal.conformance import runner
+    from glm5_hal.conformance.cases import find
+    from glm5_hal.conformance.pytest_plugin import HalCase
+
+    with bundles.backend():
+        (target,) = runner.targets("standin")
+        with pytest.raises(outcome, match=r"rms_norm|norm-scale"):
+            HalCase(find([case])[0], target, 0, book(WAIVER)).check()
+
+
+# --- the gate --------------------------------------------------------------------------------------------------------
+
+
+def gate() -> Any:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("ci_waivers", ROOT / "ci/waivers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_gate_sees_every_file_and_lets_none_pass_that_is_out_of_date(tmp_path: Path) -> None:
+    module, file = gate(), tmp_path / "waivers.toml"
+    assert ROOT / "backends/cpu/waivers.toml" in module.files()
+    assert len(module.files()) >= 2
+    file.write_text(toml(WAIVER), encoding="utf-8")
+    assert list(module.check(file, WAIVER["expires"])) == []
+    (said,) = module.check(file, WAIVER["expires"] + timedelta(1))
+    assert "norm-scale expired on" in said
+    file.write_text(toml({**WAIVER, "cases": ["rms_nrom[*"]}), encoding="utf-8")
+    (said,) = module.check(file, TODAY)
+    assert "no case matches 'rms_nrom[*'" in said
+    file.write_text(toml({**WAIVER, "owner": ""}), encoding="utf-8")
+    (said,) = module.check(file, TODAY)
+    assert "owner = ''" in said
+
+
+def test_no_waiver_of_this_repository_is_out_of_date() -> None:
+    assert gate().main() == 0
