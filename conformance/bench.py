@@ -97,16 +97,20 @@ def copy_rate(device: str, seconds: float) -> float:
 
 def matmul_rate(device: str, dtype: str, seconds: float) -> float:
     """Floating-point operations per second of a matrix product of such numbers."""
-    size = 1024 if device.split(":")[0] == "cpu" else 4096
+    largest = 1024 if device.split(":")[0] == "cpu" else 4096
     kind = getattr(torch, dtype)
-    a, small = (torch.ones(n, n, dtype=kind, device=device) for n in (size, size // 8))
     # Some dtypes have no fast product on some devices: what counts is the best way to multiply such numbers there.
     ways: list[Callable[[torch.Tensor], torch.Tensor]] = [lambda m: m @ m]
     if kind is not torch.float64:
         ways.append(lambda m: m.float() @ m.float())
-    quick = {way: _best(partial(way, small), device, 0.0) for way in ways}
-    hopeful = [way for way, taken in quick.items() if taken < 8 * min(quick.values())]  # or it would take minutes
-    return 2 * size**3 / min(_best(partial(way, a), device, seconds, 20) for way in hopeful)
+    best = 0.0
+    for way in ways:
+        size, taken = largest // 8, 0.0
+        while size <= largest and 8 * taken < max(seconds, 1.0):  # a way that is slow would take minutes at full size
+            matrix = torch.ones(size, size, dtype=kind, device=device)
+            taken = _best(partial(way, matrix), device, seconds / 4, at_most=20)
+            best, size = max(best, 2 * size**3 / taken), 2 * size
+    return best
 
 
 def _timed(case: Case, target: Target, limits: Limits, seconds: float) -> Row:
