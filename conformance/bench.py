@@ -106,7 +106,7 @@ def matmul_rate(device: str, dtype: str, seconds: float) -> float:
     best = 0.0
     for way in ways:
         size, taken = largest // 8, 0.0
-        while size <= largest and 8 * taken < max(seconds, 1.0):  # a way that is slow would take minutes at full size
+        while size <= largest and 8 * taken < max(seconds, 0.5):  # a way that is slow would take minutes at full size
             matrix = torch.ones(size, size, dtype=kind, device=device)
             taken = _best(partial(way, matrix), device, seconds / 4, at_most=20)
             best, size = max(best, 2 * size**3 / taken), 2 * size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -190,6 +191,12 @@ def test_the_templates_example_is_right_as_soon_as_it_is_no_comment() -> None:
     template = (ROOT / "backends/_template/src/MODULE/waivers.toml.tmpl").read_text(encoding="utf-8")
     assert parse(template) == ()
     example = "\n".join(line[6:] for line in template.splitlines() if line.startswith("#     "))
+    assert [w.id for w in parse(example)] == ["norm-subnormals"]
+
+
+def test_the_docs_example_is_right() -> None:
+    text = (ROOT / "docs/conformance.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     assert [w.id for w in parse(example)] == ["norm-subnormals"]
 
 

@@ -283,3 +283,9 @@ def test_every_problem_has_a_code_that_is_explained(bundle: Path) -> None:
     for problem in found(bundle):
         assert problem.code in CODES
         assert str(problem).startswith(problem.code)
+
+
+def test_the_docs_name_every_code_and_file() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs/conformance.md").read_text(encoding="utf-8")
+    for word in (*CODES, *files.NAMES):
+        assert word in text
