@@ -6,9 +6,12 @@ import json
 import secrets
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from glm5_hal.conformance.bundle.files import Bundle
 
 Folder = Annotated[Path, typer.Argument(help="The --out of a run.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -48,11 +51,10 @@ def verify(
         with kernels_print_to_stderr():
             done = again.rerun(bundle, rerun, choice, device)
         problems += done.problems
-    cases = () if bundle is None else bundle.results
     if as_json:
         told = {
             "ok": not problems,
-            "cases": len(cases),
+            "cases": 0 if bundle is None else len(bundle.results),
             "problems": [asdict(p) for p in problems],
             "rerun": None if done is None else {**asdict(done), "seed": choice},
             "note": UNSIGNED,
@@ -64,9 +66,24 @@ def verify(
         if done is not None:
             how = f"verdicts and inputs, not errors ({done.unlike})" if done.unlike else "verdicts, inputs and errors"
             typer.echo(f"Computed {len(done.cases)} cases again (--seed {choice}), compared {how}.")
-        state = f"{len(problems)} problems: invalid" if problems else f"{len(cases)} cases: consistent"
+        if bundle is not None:
+            typer.echo(_of_what(bundle))
+        state = f"invalid, {len(problems)} problems" if problems else "consistent"
         typer.echo(f"{folder}: {state}. {UNSIGNED}")
     raise typer.Exit(4 if problems else 0)
+
+
+def _of_what(bundle: Bundle) -> str:
+    from glm5_hal.conformance.waivers import counted
+
+    said, count = bundle.manifest, bundle.manifest.counts
+    part = "" if said.selection.whole else ", in part"
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in count.items()) or "none"
+    return (
+        f"{', '.join(said.selection.targets)} on {said.device.name}, level {said.selection.level}{part}, seed "
+        f"{said.selection.seed}: {said.cases} cases: {counts}; {counted(said.waivers) or 'no waivers'}. "
+        f"Evidence: {said.device.evidence}"
+    )
 
 
 def diff(a: Folder, b: Folder, as_json: Json = False) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from glm5_hal.conformance import profiles, report
 from glm5_hal.conformance.bundle import page
 from glm5_hal.conformance.bundle.manifest import Manifest, Selection, describe, now
+from glm5_hal.conformance.bundle.view import view
 from glm5_hal.conformance.results import VERDICTS, Result
 from glm5_hal.conformance.waivers import FILE as WAIVERS
 from glm5_hal.conformance.waivers import Book, parse
@@ -63,7 +64,7 @@ def write(
 
 def derived(bundle: Bundle) -> dict[str, str]:
     """The derived files' content by name."""
-    shown = page.view(bundle.manifest, bundle.results, bundle.book, profiles.claims(bundle.manifest, bundle.results))
+    shown = view(bundle.manifest, bundle.results, bundle.book, profiles.claims(bundle.manifest, bundle.results))
     return {
         "junit.xml": report.junit(bundle.results),
         "report.md": page.markdown(shown),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from bundles import BAD, CASES, FAILS, PASSES, UNSUPPORTED, WAIVED
 
-from glm5_hal.conformance.bundle import files, page, plots
+from glm5_hal.conformance.bundle import files, page, plots, view
 from glm5_hal.conformance.bundle.files import Bundle
 from glm5_hal.conformance.bundle.manifest import Limits
 from glm5_hal.conformance.bundle.plots import Scale
@@ -97,7 +97,7 @@ def test_a_failure_has_its_command_and_its_first_wrong_element(read: Bundle) -> 
     found = Page(html(read)).text
     (failed,) = (r for r in read.results if r.case == FAILS)
     assert failed.repro in found
-    where, got, expected = page.first_wrong(failed.detail) or ("", "", "")
+    where, got, expected = view.first_wrong(failed.detail) or ("", "", "")
     assert re.search(rf"first wrong element {re.escape(where)} is {got} expected {expected}", " ".join(found.split()))
 
 
@@ -111,7 +111,7 @@ def test_a_failure_has_its_command_and_its_first_wrong_element(read: Bundle) -> 
     ],
 )
 def test_the_first_wrong_element_is_what_a_check_says(detail: str, element: tuple[str, str, str] | None) -> None:
-    assert page.first_wrong(detail) == element
+    assert view.first_wrong(detail) == element
 
 
 def test_what_a_kernel_says_stays_text(read: Bundle) -> None:
@@ -153,8 +153,8 @@ def test_markdown_has_every_op_failure_and_waiver(read: Bundle) -> None:
 def test_every_verdict_and_kind_of_evidence_is_explained() -> None:
     from glm5_hal.backend import EVIDENCE
 
-    assert page.MEANING.keys() == VERDICTS.keys()
-    assert page.EVIDENCE.keys() == set(EVIDENCE)
+    assert view.MEANING.keys() == VERDICTS.keys()
+    assert view.EVIDENCE.keys() == set(EVIDENCE)
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------

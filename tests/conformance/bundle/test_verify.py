@@ -77,6 +77,11 @@ def without_criterion(r: dict[str, Any]) -> None:
         del r["errors"][name], r["budget"][name]
 
 
+def refused(r: dict[str, Any]) -> None:
+    r |= {"verdict": "UNSUPPORTED", "code": "DTYPE", "detail": "x is bfloat16", "kernel": "", "kernel_seconds": 0.0}
+    r |= {"errors": {}, "budget": {}, "checks": {}, "claims": [], "work": {}}
+
+
 def without(case: str) -> Alter:
     return lambda folder: bundles.put(folder, [r for r in bundles.records(folder) if r["case"] != case])
 
@@ -151,6 +156,7 @@ ALTERED: dict[str, tuple[Alter, str, str, str]] = {
     "a failure is called UNSUPPORTED": (
         result(FAILS, lambda r: r.update(verdict="UNSUPPORTED", code="DTYPE")), RESULTS, "VERDICT", FAILS,
     ),
+    "and nothing of it is left": (result(FAILS, refused), RESULTS, "RERUN", FAILS),
     "UNSUPPORTED gives no reason": (
         result(UNSUPPORTED, lambda r: r.update(code="", detail="")), RESULTS, "VERDICT", UNSUPPORTED,
     ),
