@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from glm5_hal.backend import Kernel
-from glm5_hal.capability import Facts
 from glm5_hal.conformance import oracle
 from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.metadata import bind_axes
+from glm5_hal.signature import Facts
 from glm5_hal.spec import Inputs, OpSpec
 
 

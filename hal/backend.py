@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from glm5_hal.capability import Facts, Requirement
+from glm5_hal.capability import Requirement
 from glm5_hal.errors import HalError
+from glm5_hal.signature import Facts
 
 #: The contract's versions that this core speaks, lowest and highest.
 HAL_API = (1, 1)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from glm5_hal import plugins
 from glm5_hal.backend import Device, Kernel, Unavailable
-from glm5_hal.capability import one_of
+from glm5_hal.capability import Requirement, one_of
 from glm5_hal.errors import HalError, suggest
 from glm5_hal.metadata import axis_names
 from glm5_hal.plugins import PluginRecord
+from glm5_hal.plugins.isolation import told
+from glm5_hal.resolve import described
 from glm5_hal.spec import OpSpec
 
 
@@ -20,26 +22,54 @@ class Catalogue:
 
     def __init__(self, records: Sequence[PluginRecord] | None = None) -> None:
         self._lock = threading.RLock()
-        self._records = None if records is None else tuple(records)
+        self._found = None if records is None else tuple(records)
+        self._settled: dict[str, tuple[PluginRecord, ...]] = {}
         self._devices: dict[str, Device | Unavailable] = {}
         self._kernels: dict[str, tuple[Kernel, ...] | HalError] = {}
 
     @property
+    def found(self) -> tuple[PluginRecord, ...]:
+        """Every plugin that is announced, loaded or not."""
+        with self._lock:
+            if self._found is None:
+                self._found = plugins.find()
+            return self._found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(record.name for record in self.found))
+
+    @property
     def records(self) -> tuple[PluginRecord, ...]:
-        if self._records is None:
-            with self._lock:
-                if self._records is None:
-                    self._records = plugins.discover()
-        return self._records
+        """All of them, loaded, in their order."""
+        return tuple(sorted((r for name in self.names for r in self.named(name)), key=plugins.order))
+
+    def named(self, name: str) -> tuple[PluginRecord, ...]:
+        """The records of one name, loaded: these and no others."""
+        with self._lock:
+            if name not in self._settled:
+                self._settled[name] = plugins.settle([r for r in self.found if r.name == name])
+            return self._settled[name]
+
+    def of_device(self, device_type: str, *, outside: bool = True) -> Iterator[PluginRecord]:
+        """What computes on such a device, in order. Outside plugins are not loaded until the built-in ones are through:
+        who is served by these never waits for those, nor fails with them. Without ``outside`` they are left alone."""
+        names = dict.fromkeys(r.name for r in self.found if r.builtin)
+        ours = [r for name in names for r in self.named(name) if r.builtin]
+        yield from (r for r in ours if r.backend is not None and r.backend.device_type == device_type)
+        theirs = (r for r in self.records if not r.builtin) if outside else ()
+        yield from (r for r in theirs if r.backend is not None and r.backend.device_type == device_type)
+
+    def vet(self) -> None:
+        """Try every outside plugin in a process of its own, before any is loaded here."""
+        with self._lock:
+            self._found = plugins.vetted(self.found)
 
     def record(self, name: str) -> PluginRecord:
         """The record that answers for a backend name. Raises HalError("UNKNOWN")."""
-        named = [r for r in self.records if r.name == name]
-        if not named:
-            raise HalError(
-                "UNKNOWN", f"no backend {name!r}", value=name, fix=suggest(name, {r.name for r in self.records})
-            )
-        return min(named, key=lambda r: r.status != "ok")
+        if name not in self.names:
+            raise HalError("UNKNOWN", f"no backend {name!r}", value=name, fix=suggest(name, self.names))
+        return min(self.named(name), key=lambda r: r.status != "ok")
 
     def device(self, name: str) -> Device | Unavailable:
         """What the backend's probe found, asked once per process."""
@@ -100,7 +130,7 @@ _READABLE = ("dtype", "shape", "strides", "device")
 def _check_requirements(kernel: Kernel, spec: OpSpec, whose: str) -> None:
     """Whatever a requirement reads must be there: a misspelt limit would never bind."""
     for requirement in kernel.requires:
-        for name, what in requirement.reads:
+        for name, what in _reads(requirement, kernel, whose):
             known = (
                 {*spec.tensors}
                 if what in _READABLE
@@ -111,11 +141,24 @@ def _check_requirements(kernel: Kernel, spec: OpSpec, whose: str) -> None:
             if name not in known:
                 raise HalError(
                     "CONTRACT",
-                    f"{whose}: kernel {kernel.op} of provider {kernel.provider} requires {requirement.describe()!r}, "
+                    f"{whose}: kernel {kernel.op} of provider {kernel.provider} requires {described(requirement)!r}, "
                     f"which reads the {what} of {name!r}, and its op has no such thing",
                     value=(name, what),
                     fix=suggest(name, known) if known else f"read among value, {', '.join(_READABLE)}",
                 )
+
+
+def _reads(requirement: Requirement, kernel: Kernel, whose: str) -> list[tuple[str, str]]:
+    try:
+        return [(str(name), str(what)) for name, what in requirement.reads]
+    except Exception as problem:
+        raise HalError(
+            "CONTRACT",
+            f"{whose}: kernel {kernel.op} of provider {kernel.provider}: what {described(requirement)!r} reads is not "
+            f"known: {told(problem)[0]}",
+            value=requirement,
+            fix='let reads be a frozenset of pairs such as ("x", "dtype")',
+        ) from problem
 
 
 def _plain_weights_unless_declared(kernel: Kernel, takes_format: bool) -> Kernel:

@@ -104,9 +104,10 @@ def explain(
 
     What is not given comes from the op's first sample. Exit code 1 if no kernel takes the call.
     """
-    from glm5_hal.context import use
+    from glm5_hal.context import catalogue, use
     from glm5_hal.explanation import explain as ask
 
+    catalogue().vet()
     changes = dict(_setting(text) for text in settings or [])
     with use(backend, require=require):
         found = ask(op, **changes)
@@ -167,6 +168,31 @@ def bench(
     from rich.console import Console
 
     Console(markup=False).print(render(found))
+
+
+@app.command()
+def report(
+    file: Annotated[Path, typer.Argument(help="What GLM5_SHADOW wrote.")] = Path("glm5-shadow.jsonl"),
+    as_json: Json = False,
+) -> None:
+    """Rank the ops of a live run by excess error, from the calls that GLM5_SHADOW sampled.
+
+    "worst" and "median" are a call's largest error as a share of what it may be. Exit code 1 if a sampled call was
+    wrong.
+    """
+    from glm5_hal.shadow import report as shadow
+
+    rows = shadow.ranked(shadow.read(file))
+    if as_json:
+        typer.echo(json.dumps({"file": str(file), "ops": rows}, indent=2))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        console.print(shadow.table(rows))
+        for line in shadow.notes(rows):
+            console.print(line, markup=False, highlight=False)
+    raise typer.Exit(int(any(row["failed"] for row in rows)))
 
 
 @app.command("new-backend")

@@ -51,6 +51,19 @@ def catalogue() -> Catalogue:
     return _process.catalogue
 
 
+@contextmanager
+def installed(these: Catalogue) -> Iterator[Catalogue]:
+    """These backends and no others, in the whole process; then everything as it was, and learnt anew."""
+    before = _process.catalogue
+    reset()
+    _process.catalogue = these
+    try:
+        yield these
+    finally:
+        reset()
+        _process.catalogue = before
+
+
 def settings() -> Settings:
     """The environment's settings, read once. Raises HalError for a bad value or a near miss of a variable's name."""
     if _process.settings is None:
@@ -73,6 +86,9 @@ def _forked() -> None:
         module = sys.modules.get(name)
         if module is not None:
             module.renew_locks()
+    shadow = sys.modules.get("glm5_hal.shadow")
+    if shadow is not None:
+        shadow.forked()
     reset()
 
 
@@ -90,8 +106,8 @@ def validate(policy: Policy) -> None:
     """Every name in a policy must exist. Raises HalError("UNKNOWN") with the nearest name."""
     from glm5_hal.ops import names
 
-    installed = catalogue()
-    policies.validate(policy, names(), [r.name for r in installed.records], installed.providers)
+    known = catalogue()
+    policies.validate(policy, names(), known.names, known.providers)
 
 
 @contextmanager
@@ -122,7 +138,7 @@ def use(
         raise HalError("UNKNOWN", f"no attribute {name!r}", value=name, fix=suggest(name, ATTRIBUTES))
     if check is not None and check not in CHECKS:
         raise HalError("UNKNOWN", f"no check level {check!r}", value=check, fix=suggest(check, CHECKS))
-    if _capturing():
+    if capturing():
         raise HalError(
             "CAPTURE",
             "the policy was changed while a device graph is being captured",
@@ -135,8 +151,9 @@ def use(
         active.reset(token)
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
+    """Whether a device graph is being captured here and now."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False
-    return bool(torch.cuda.is_current_stream_capturing())
+    return bool(torch.cuda.is_current_streamcapturing())

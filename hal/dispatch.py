@@ -7,7 +7,6 @@ counted or logged here: observing wraps what is stored in the table.
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +15,13 @@ from typing import Any
 import torch
 
 from glm5_hal import context, observe, torchlib
-from glm5_hal.capability import Signature, TensorMeta
 from glm5_hal.errors import HalError
 from glm5_hal.guards import innermost_transform, is_wrapped, tensor_guard
+from glm5_hal.hotpath import compiled
 from glm5_hal.memory import check_apart
 from glm5_hal.metadata import signature_of
-from glm5_hal.resolve import Choice, Resolution, Step, resolve
+from glm5_hal.resolve import Choice, Resolution, Step, left_out, resolve
+from glm5_hal.signature import Signature, TensorMeta
 from glm5_hal.spec import OpSpec
 
 #: A table that has grown past this is cleared: serving with ever new batch sizes must not leak.
@@ -57,7 +57,7 @@ class Op:
         self._lock = threading.RLock()
         self._epoch = 0
         self._strided: frozenset[str] = frozenset(spec.mutates) | {a.name for a in spec.args if a.layout != "any"}
-        self._functions = _compiled(self, self._strided)
+        self._functions = self._compiled()
         self._call, from_torch, self._key, self._alike = self._functions
         self.torch_op = torchlib.register(spec, from_torch.__get__(self))
         _ops.add(self)
@@ -81,7 +81,8 @@ class Op:
 
     def choose(self, *args: Any, **kwargs: Any) -> Choice:
         """The backend and kernel that serve such a call. Raises HalError("NO_KERNEL") with the whole trace."""
-        return self._chosen(self.resolution(self.describe(*args, **kwargs)))
+        call = self.describe(*args, **kwargs)
+        return self._chosen(call, self.resolution(call))
 
     def describe(self, *args: Any, **kwargs: Any) -> Signature:
         """The call's metadata, checked against the declaration."""
@@ -104,6 +105,9 @@ class Op:
             self._table.clear()
             self._last[0] = NOTHING
 
+    def _compiled(self) -> tuple[Callable[..., Any], ...]:
+        return compiled(self.spec, self._table, self._last if self._remembers else None, self._strided)
+
     # --- the slow path -----------------------------------------------------------------------------------------------
 
     def _miss(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -113,7 +117,7 @@ class Op:
         if any(_is_fake(arguments[name]) for name in self.spec.tensors):
             return self.torch_op  # type: ignore[no-any-return]
         resolution = self.resolution(call)
-        choice = self._chosen(resolution)
+        choice = self._chosen(call, resolution)
         entry = observe.wrapped(self.spec.name, choice, self._guarded(choice.kernel.fn, call))
         observe.selected(self.spec.name, call, choice)
         with self._lock:
@@ -131,9 +135,9 @@ class Op:
         guard = None if more else tensor_guard(needed)
         return [guard or NOTHING[0], self._alike(**arguments), kernel]
 
-    def _chosen(self, resolution: Resolution) -> Choice:
+    def _chosen(self, call: Signature, resolution: Resolution) -> Choice:
         if resolution.chosen is None:
-            raise _no_kernel(self.spec.name, resolution.trace)
+            raise _no_kernel(self.spec, call, resolution.trace)
         return resolution.chosen
 
     def _guarded(self, fn: Callable[..., Any], call: Signature) -> Callable[..., Any]:
@@ -165,7 +169,7 @@ class Op:
         if not read <= self._strided:
             self._strided |= read
             self.clear()
-            for old, new in zip(self._functions, _compiled(self, self._strided), strict=True):
+            for old, new in zip(self._functions, self._compiled(), strict=True):
                 old.__code__ = new.__code__
 
     def _refuse_grad(self) -> None:
@@ -261,7 +265,7 @@ def _is_fake(value: Any) -> bool:
     return type(value) is not torch.Tensor and type(value).__name__ in ("FakeTensor", "FunctionalTensor")
 
 
-def _no_kernel(op: str, trace: Sequence[Step]) -> HalError:
+def _no_kernel(spec: OpSpec, call: Signature, trace: Sequence[Step]) -> HalError:
     policy, require, _ = context.effective()
     wanted = f", require={sorted(require)}" if require else ""
     fix = next((getattr(s.decision, "fix", "") for s in trace), "")
@@ -269,109 +273,7 @@ def _no_kernel(op: str, trace: Sequence[Step]) -> HalError:
         fix = "install a backend for this device, or name one in GLM5_BACKEND; `glm5-hal doctor` lists what is there"
     return HalError(
         "NO_KERNEL",
-        f"no kernel takes this call of {op} under policy {policy.text!r} ({policy.provenance}{wanted})",
+        f"no kernel takes this call of {spec.name} under policy {policy.text!r} ({policy.provenance}{wanted})",
         fix=fix,
-        trace=trace,
+        trace=(*trace, *left_out(spec, call, context.catalogue(), policy.targets(spec.name), outside=False)),
     )
-
-
-def _compiled(op: Op, strided: frozenset[str]) -> tuple[Callable[..., Any], ...]:
-    """For one op, written out for its own parameters: `__call__`, the same for torch's dispatcher, the key of a call,
-    and the policy and scalars of a call.
-
-    Generated source, as in dataclasses and for the same reason: a loop over arguments would cost several times the
-    whole budget of 2 µs. Its own names begin with an underscore, which no parameter's does.
-    """
-    scalars, key, grads = ["_active()"], ["_transform() is None"], []
-    # A fake tensor looks like a real one, but its type is another.
-    key.append(f"{next(a.name for a in op.spec.args if not a.optional)}.__class__")
-    if op._remembers:  # a guard knows tensors by their dispatch keys, which inference mode changes
-        key.append("_inference()")
-    parameters = op.spec.signature.parameters
-    for name, parameter in parameters.items():
-        arg = op.spec.tensors.get(name)
-        if arg is None:
-            scalars.append(name)
-            if parameter.annotation is not str:  # 1, 1.0 and True are equal
-                scalars.append(f"{name}.__class__")
-            continue
-        # size() is the cheaper spelling of .shape: 0.11 against 0.17 µs, measured.
-        parts = [f"{name}.{what}" for what in ("dtype", "layout", "size()", "device")]
-        parts += [f"{name}.stride()"] * (name in strided)
-        if arg.optional:
-            key.append(f"None if {name} is None else ({', '.join(parts)})")
-        else:
-            key += parts
-        if torchlib.differentiable(op.spec, arg):
-            grads.append(f"({name} is not None and {name}.requires_grad)" if arg.optional else f"{name}.requires_grad")
-    passed = ", ".join(f"{n}={n}" if p.kind is inspect.Parameter.KEYWORD_ONLY else n for n, p in parameters.items())
-    gradients = f"if _grad_enabled() and ({' or '.join(grads) or 'False'}): self._refuse_grad()"
-    alike, whole = f"({', '.join(scalars)},)", f"({', '.join(scalars + key)},)"
-    if op._remembers:
-        needed = ", ".join(n for n in parameters if n in op.spec.required)
-        alone = " and ".join(f"{a.name} is None" for a in op.spec.args if a.optional) or "True"
-        find = f"""
-        _last = _cell[0]
-        if {alone} and _last[0]({needed}) and _last[1] == {alike}:
-            _kernel = _last[2]
-        else:
-            {gradients}
-            _last = _cell[0] = _table[{whole}]
-            _kernel = _last[2]"""
-    else:
-        find = f"""
-        {gradients}
-        _kernel = _table[{whole}]"""
-    run = f"""
-    try:{find}
-    except _HalError:
-        raise
-    except Exception:
-        _kernel = None
-    if _kernel is None:
-        _kernel = self._miss({passed})
-    try:
-        return _kernel({passed})
-    except _HalError:
-        raise
-    except Exception as _problem:
-        raise self._failed(_problem, dict({", ".join(f"{n}={n}" for n in parameters)})) from _problem
-"""
-    declared = _parameters(op.spec.signature)
-    source = f"""
-def __call__(self, {declared}):
-    if _is_compiling():
-        return self.torch_op({passed})
-{run}
-def from_torch(self, {declared}):
-{run}
-def key({declared}):
-    return {whole}
-
-def alike({declared}):
-    return {alike}
-"""
-    namespace: dict[str, Any] = {
-        "_is_compiling": torch.compiler.is_compiling,
-        "_grad_enabled": torch.is_grad_enabled,
-        "_inference": torch.is_inference_mode_enabled,
-        "_active": context.active.get,
-        "_transform": innermost_transform,
-        "_table": op._table,
-        "_cell": op._last,
-        "_HalError": HalError,
-        **{f"_default_{n}": p.default for n, p in parameters.items()},
-    }
-    exec(compile(source, f"<glm5_hal op {op.spec.name}>", "exec"), namespace)
-    namespace["__call__"].__doc__ = op.spec.doc
-    return tuple(namespace[n] for n in ("__call__", "from_torch", "key", "alike"))
-
-
-def _parameters(signature: inspect.Signature) -> str:
-    parts, star = [], False
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not star:
-            parts.append("*")
-            star = True
-        parts.append(name if parameter.default is inspect.Parameter.empty else f"{name}=_default_{name}")
-    return ", ".join(parts)

@@ -1,6 +1,6 @@
 """``glm5-hal doctor``: every backend, what was found, what is wrong, what to do.
 
-Probes run in subprocesses with a deadline, so a broken driver cannot hang or crash the doctor.
+Plugins are loaded, probed and tried in subprocesses with a deadline, so none can hang or crash the doctor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from glm5_hal import context, plugins
 from glm5_hal import policy as policies
 from glm5_hal.backend import Device
 from glm5_hal.errors import HalError
-from glm5_hal.plugins import PluginRecord
+from glm5_hal.plugins import Checkup
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -56,7 +56,7 @@ class Diagnosis:
 
 def examine(timeout: float = 20.0) -> Diagnosis:
     """Look at every installed backend and at the environment's settings."""
-    patients = tuple(_examined(record, timeout) for record in context.catalogue().records)
+    patients = tuple(_patient(checked) for checked in plugins.check_up_all(context.catalogue().found, timeout))
     settings: dict[str, str] = {}
     problem = ""
     try:
@@ -72,14 +72,14 @@ def examine(timeout: float = 20.0) -> Diagnosis:
     return Diagnosis(patients, _versions(), settings, problem)
 
 
-def _examined(record: PluginRecord, timeout: float) -> Patient:
-    source = f"{record.dist} {record.version}"
-    if record.status != "ok":
-        return Patient(record.name, "broken", source, record.reason, record.fix, output=record.output)
-    found = plugins.probe_in_subprocess(record, timeout)
+def _patient(checked: Checkup) -> Patient:
+    record, found, kernel = checked.record, checked.found, checked.kernel
+    about: dict[str, Any] = {"name": record.name, "source": record.origin, "output": record.output}
+    if record.status != "ok" or found is None:
+        return Patient(state="broken", finding=record.reason, fix=record.fix, **about)
     if not isinstance(found, Device):
         state = "broken" if found.fault else "absent"
-        return Patient(record.name, state, source, found.reason, found.fix, output=record.output)
+        return Patient(state=state, finding=found.reason, fix=found.fix, **about)
     facts = {
         "type": found.type,
         "name": found.name,
@@ -89,34 +89,10 @@ def _examined(record: PluginRecord, timeout: float) -> Patient:
         "versions": dict(found.versions),
     }
     finding, fix = f"{found.name} ({found.arch}), {found.count} visible", ""
-    kernel = _tiny_kernel(record.name)
     if kernel.startswith("failed"):
         fix = "reinstall the backend's package, or report this output to its vendor"
-    return Patient(record.name, "broken" if fix else "ok", source, finding, fix, facts, kernel, output=record.output)
-
-
-def _tiny_kernel(backend: str) -> str:
-    """Run rms_norm on two numbers with a known answer: the bare kernel, whatever the environment's settings are."""
-    import torch
-
-    from glm5_hal import ops
-
-    try:
-        device = context.catalogue().device(backend)
-        if not isinstance(device, Device):
-            return f"failed: outside the probe's own process, {device.reason}"
-        if not context.catalogue().kernels(backend, "rms_norm"):
-            return "no rms_norm to try"
-        x = torch.tensor([[3.0, 4.0]], device=device.type)
-        with context.use(backend), torch.inference_mode():
-            choice = ops.rms_norm.choose(x, torch.ones_like(x[0]), eps=0.0)
-            kernel, y = choice.name, choice.kernel.fn(x, torch.ones_like(x[0]), eps=0.0).cpu()
-    except Exception as problem:  # noqa: BLE001 - whatever a vendor's kernel raises is the finding
-        return f"failed: {type(problem).__name__}: {problem}"
-    expected = torch.tensor([[3.0, 4.0]]) / 12.5**0.5
-    if not torch.allclose(y.float(), expected, rtol=1e-2):
-        return f"failed: {kernel} gave {y.tolist()}, the answer is {expected.tolist()}"
-    return f"rms_norm on {kernel}: right"
+    state = "broken" if fix else "ok"
+    return Patient(state=state, finding=finding, fix=fix, device=facts, kernel=kernel, **about)
 
 
 def _versions() -> dict[str, str]:

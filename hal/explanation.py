@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm5_hal import context
-from glm5_hal.capability import Signature, TensorMeta
 from glm5_hal.errors import HalError, suggest
 from glm5_hal.metadata import bind_axes, evaluate, signature_of
-from glm5_hal.resolve import Resolution, resolve
+from glm5_hal.resolve import Resolution, Step, left_out, resolve
+from glm5_hal.signature import Signature, TensorMeta
 from glm5_hal.spec import OpSpec
 
 
@@ -22,6 +22,7 @@ class Explanation:
     policy: str
     provenance: str
     resolution: Resolution
+    left_out: tuple[Step, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -36,6 +37,7 @@ class Explanation:
             "scalars": dict(self.call.scalars),
             "chosen": chosen.name if chosen else None,
             "trace": [step.as_dict() for step in self.resolution.trace],
+            "left_out": [step.as_dict() for step in self.left_out],
         }
 
     def __str__(self) -> str:
@@ -46,6 +48,7 @@ class Explanation:
         for step in self.resolution.trace:
             mark = "*" if chosen and step.candidate == chosen.name else " "
             lines.append(f" {mark} {step}")
+        lines += [f" - {step}" for step in self.left_out]
         if chosen is None:
             lines.append("no kernel takes this call; nothing was tried, nothing was copied")
             if not self.resolution.trace:
@@ -77,8 +80,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     else:
         call = described(spec, kwargs)
     policy, require, _ = context.effective()
-    found = resolve(spec, call, context.catalogue(), policy.targets(op), require, exhaustive=True)
-    return Explanation(call, policy.text, policy.provenance, found)
+    targets, catalogue = policy.targets(op), context.catalogue()
+    found = resolve(spec, call, catalogue, targets, require, exhaustive=True)
+    others = tuple(left_out(spec, call, catalogue, targets, outside=True))
+    return Explanation(call, policy.text, policy.provenance, found, others)
 
 
 def described(spec: OpSpec, changes: Mapping[str, Any]) -> Signature:

@@ -1,10 +1,11 @@
-"""What is installed, as data: ops, backends, cache formats. Only built-in backends are probed."""
+"""What is installed, as data: ops, backends, cache formats. Only built-in backends are probed, and outside plugins are
+loaded in a process of their own."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from glm5_hal import context
+from glm5_hal import context, plugins
 from glm5_hal.errors import HalError
 from glm5_hal.ops import specs
 from glm5_hal.state import FORMATS
@@ -14,7 +15,7 @@ def inventory() -> dict[str, Any]:
     """Everything that `glm5-hal list` shows. A backend's providers are known once its device is there."""
     catalogue = context.catalogue()
     backends = []
-    for record in catalogue.records:
+    for record in (c.record for c in plugins.check_up_all(catalogue.found, plugins.LOAD_DEADLINE, "load")):
         status, reason, providers = record.status, record.reason, None
         if record.builtin and record.status == "ok":
             try:
@@ -26,7 +27,7 @@ def inventory() -> dict[str, Any]:
                 "name": record.name,
                 "status": status,
                 "reason": reason,
-                "device_type": record.backend.device_type if record.backend else "",
+                "device_type": record.device_type,
                 "providers": [p for p in providers or () if p != "composite"],
                 "dist": record.dist,
                 "version": record.version,

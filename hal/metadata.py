@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from glm5_hal.capability import Signature, TensorMeta
 from glm5_hal.errors import HalError, shown
+from glm5_hal.signature import Signature, TensorMeta
 from glm5_hal.spec import Arg, OpSpec
 
 #: Of float32.

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm5_hal import context
-from glm5_hal.capability import Signature
 from glm5_hal.resolve import Choice
+from glm5_hal.shadow import Shadow, parse, shadowed
+from glm5_hal.signature import Signature
 
 log = logging.getLogger("glm5_hal")
 log.addHandler(logging.NullHandler())
@@ -28,6 +29,7 @@ log.addHandler(logging.NullHandler())
 class Observing:
     counters: bool = False
     profile: bool = False
+    shadow: Shadow | None = None
 
 
 class _State:
@@ -42,14 +44,15 @@ class _State:
 _state = _State()
 
 
-def watch(*, counters: bool = False, profile: bool = False) -> None:
+def watch(*, counters: bool = False, profile: bool = False, shadow: str | None = None) -> None:
     """Switch observing on or off, for every call from now on (bound kernels excepted: they are bare).
 
     Args:
         counters: count calls and host seconds per (op, backend:provider), read with :func:`counts`.
         profile: give each call a torch.profiler range named ``glm5::op[backend:provider]``.
+        shadow: what GLM5_SHADOW may say ("topk_*:0.01"), which it takes the place of; None leaves that in force.
     """
-    _state.observing = Observing(counters, profile)
+    _state.observing = Observing(counters, profile, None if shadow is None else parse(shadow, "watch"))
     dispatch = sys.modules.get("glm5_hal.dispatch")
     if dispatch is not None:
         dispatch.clear_tables()
@@ -84,6 +87,9 @@ def clear_counts() -> None:
 def wrapped(op: str, choice: Choice, fn: Callable[..., Any]) -> Callable[..., Any]:
     """The kernel, with whatever observing is on around it."""
     observing, name = _state.observing, choice.name
+    sampling = observing.shadow or context.settings().shadow
+    if rate := sampling.rate(op):
+        fn = shadowed(op, choice, fn, rate, sampling.file)
     if observing.profile:
         fn = _ranged(fn, f"glm5::{op}[{name}]")
     if observing.counters:

@@ -14,11 +14,13 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
-from glm5_hal.errors import HalError, suggest
+from glm5_hal import shadow
+from glm5_hal.errors import HalError, shown, suggest
+from glm5_hal.shadow import Shadow
 
 VARIABLES = ("GLM5_BACKEND", "GLM5_LOG", "GLM5_SHADOW")
 LOG_CHOICES = ("off", "info", "debug", "jsonl:PATH")
@@ -93,6 +95,7 @@ class Settings:
     policy: Policy
     log: LogSetting
     foreign: tuple[str, ...] = ()
+    shadow: Shadow = field(default_factory=Shadow)
 
 
 def parse(text: str, provenance: str) -> Policy:
@@ -131,7 +134,9 @@ def validate(
     """
 
     def unknown(what: str, name: str, fix: str) -> HalError:
-        return HalError("UNKNOWN", f"policy {policy.text!r} ({policy.provenance}): {what}", value=name, fix=fix)
+        return HalError(
+            "UNKNOWN", f"policy {shown(policy.text, 200)} ({policy.provenance}): {what}", value=name, fix=fix
+        )
 
     for rule in policy.rules:
         if rule.pattern is not None and not any(fnmatchcase(op, rule.pattern) for op in ops):
@@ -147,7 +152,7 @@ def validate(
                 fix = suggest(target.backend, {*backends, "auto"})
                 if target.backend in ops:
                     fix = f"{target.backend!r} is an op: write {target.backend}={target.provider or 'backend'}"
-                raise unknown(f"no backend is called {target.backend!r}", target.backend, fix)
+                raise unknown(f"no backend is called {shown(target.backend)}", target.backend, fix)
             known = None if target.provider is None else providers(target.backend)
             if target.provider is not None and known is not None and target.provider not in known:
                 what = f"backend {target.backend!r} has no provider {target.provider!r}"
@@ -167,15 +172,11 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
             raise HalError(
                 "UNKNOWN", f"{name} is set, and means nothing", value=name, fix=f"{meant} was meant? rename or unset it"
             )
-    if environ.get("GLM5_SHADOW", "") not in ("", "off"):
-        value = environ["GLM5_SHADOW"]
-        raise HalError(
-            "CONFIG", f"GLM5_SHADOW={value!r}: shadow mode is not built yet", value=value, fix="unset GLM5_SHADOW"
-        )
     policy = parse(environ["GLM5_BACKEND"], "GLM5_BACKEND") if "GLM5_BACKEND" in environ else parse("auto", "default")
     log = _log(environ["GLM5_LOG"]) if "GLM5_LOG" in environ else LogSetting()
     foreign = sorted(name for name in environ if name.startswith("GLM5_") and name not in VARIABLES)
-    return Settings(policy, log, tuple(foreign))
+    sampled = shadow.parse(environ["GLM5_SHADOW"], "GLM5_SHADOW") if "GLM5_SHADOW" in environ else Shadow()
+    return Settings(policy, log, tuple(foreign), sampled)
 
 
 def _near_miss(name: str) -> str | None:
@@ -267,9 +268,12 @@ class _Reader:
         return Target(*names)
 
     def _error(self, at: int, piece: str, problem: str, fix: str) -> HalError:
-        found = f"{piece!r} at character {at + 1}" if piece else f"nothing at character {at + 1}"
+        found = f"{shown(piece)} at character {at + 1}" if piece else f"nothing at character {at + 1}"
         return HalError(
-            "POLICY", f"policy {self.text!r} ({self.provenance}): {problem}, found {found}", value=piece, fix=fix
+            "POLICY",
+            f"policy {shown(self.text, 200)} ({self.provenance}): {problem}, found {found}",
+            value=piece,
+            fix=fix,
         )
 
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
-from glm5_hal.capability import ACCEPTED, Accepted, Decision, Rejected, Requirement, Signature
+from glm5_hal.capability import ACCEPTED, Accepted, Decision, Rejected, Requirement
 from glm5_hal.errors import HalError
+from glm5_hal.plugins.isolation import told
 from glm5_hal.policy import Target
+from glm5_hal.signature import Signature
 from glm5_hal.spec import OpSpec
 
 
@@ -38,8 +40,9 @@ class Entry(Protocol):
 class Catalogue(Protocol):
     """What resolution needs to know of the installed backends."""
 
-    @property
-    def records(self) -> Sequence[Entry]: ...
+    def named(self, name: str) -> Sequence[Entry]: ...
+
+    def of_device(self, device_type: str, *, outside: bool = True) -> Iterator[Entry]: ...
 
     def device(self, name: str) -> Device | Unavailable: ...
 
@@ -118,20 +121,44 @@ def resolve(
     return Resolution(spec.name, chosen, tuple(trace), tuple(considered))
 
 
+def left_out(
+    spec: OpSpec, call: Signature, catalogue: Catalogue, targets: Sequence[Target], *, outside: bool
+) -> Iterator[Step]:
+    """What could compute on the call's device and was not considered, and how to allow it; nothing is probed.
+
+    Without ``outside`` only built-in backends count: a plugin that nobody named is not loaded for an error's sake.
+    """
+    device_type = _device_type(call)
+    walked = {entry.name: (target, entry) for _, target, entry in _entries(targets, catalogue, device_type)}
+    for target, entry in walked.values():
+        if target.provider is None and _has_reference(catalogue, entry, spec.name, device_type):
+            name = f"{entry.name}:reference"
+            yield Step(name, Rejected("NOT_LISTED", "slow, and used only when it is named", f"GLM5_BACKEND={name}"))
+    for entry in catalogue.of_device(device_type, outside=outside):
+        if entry.status == "ok" and entry.name not in walked:
+            fix = f"add ',{entry.name}' to GLM5_BACKEND to allow it"
+            yield Step(entry.name, Rejected("NOT_LISTED", "the policy does not name it", fix))
+
+
+def _has_reference(catalogue: Catalogue, entry: Entry, op: str, device_type: str) -> bool:
+    if entry.status != "ok" or entry.backend is None or entry.backend.device_type != device_type:
+        return False
+    try:
+        return any(kernel.provider == "reference" for kernel in catalogue.kernels(entry.name, op))
+    except HalError:  # said in the trace
+        return False
+
+
 def _device_type(call: Signature) -> str:
     return next((meta.device.split(":")[0] for meta in call.tensors.values() if meta is not None), "cpu")
 
 
 def _entries(targets: Sequence[Target], catalogue: Catalogue, device_type: str) -> Iterator[tuple[int, Target, Entry]]:
-    """Backends in the order of the policy. ``auto`` takes every backend of the tensors' device, built-in ones first:
-    records come in that order."""
+    """Backends in the order of the policy. ``auto`` takes every backend of the tensors' device, built-in ones first."""
     for position, target in enumerate(targets):
-        for entry in catalogue.records:
-            if target.backend == "auto":
-                if entry.backend is not None and entry.backend.device_type == device_type:
-                    yield position, target, entry
-            elif entry.name == target.backend:
-                yield position, target, entry
+        named = target.backend != "auto"
+        for entry in catalogue.named(target.backend) if named else catalogue.of_device(device_type):
+            yield position, target, entry
 
 
 def _candidates(
@@ -202,15 +229,25 @@ def _judge(spec: OpSpec, call: Signature, kernel: Kernel, device: Device, requir
     return ACCEPTED
 
 
+def described(requirement: Requirement) -> str:
+    """A requirement in its own words, if it has any."""
+    try:
+        return str(requirement.describe())
+    except Exception:  # noqa: BLE001 - of a vendor's own requirement
+        return type(requirement).__name__
+
+
 def _asked(requirement: Requirement, call: Signature, device: Device) -> Decision:
     """A requirement's answer; one that fails to answer is a no, for this kernel alone."""
     try:
         decision: object = requirement.test(call, device.facts)
-    except Exception as problem:  # noqa: BLE001 - a vendor's predicate may raise anything
-        decision = f"raised {type(problem).__name__}: {problem}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as problem:  # noqa: BLE001 - a vendor's predicate may raise anything, SystemExit too
+        decision = f"raised {told(problem)[0]}"
     if isinstance(decision, Decision):
         return decision
     said = decision if isinstance(decision, str) else f"answered {decision!r}, not Accepted or Rejected"
     return Rejected(
-        "CONTRACT", f"its requirement {requirement.describe()!r} {said}", "report it to the backend's maintainer"
+        "CONTRACT", f"its requirement {described(requirement)!r} {said}", "report it to the backend's maintainer"
     )

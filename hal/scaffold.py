@@ -96,7 +96,7 @@ def _name_fix(name: str) -> str:
 def _demand_free(name: str) -> None:
     """Names that differ in '-' and '_' alone make one module and one distribution, so they count as the same."""
     module = module_of(name)
-    for record in context.catalogue().records:
+    for record in context.catalogue().found:
         if module_of(record.name) == module:
             kind, also = "an installed plugin", f", or: pip uninstall {record.dist}"
             if record.builtin:

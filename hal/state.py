@@ -315,8 +315,10 @@ def schedule(key: Any, build: Any) -> Any:
 # --- rope tables -----------------------------------------------------------------------------------------------------
 
 
-def rope_tables(positions: torch.Tensor, rotary_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """``cos`` and ``sin``, fp32 ``[T, rotary_dim/2]``, with the angles computed in float64.
+def rope_tables(
+    positions: torch.Tensor, rotary_dim: int, theta: float, *, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``cos`` and ``sin``, ``[T, rotary_dim/2]`` in ``dtype`` (None: fp32), with the angles computed in float64.
 
     fp32 angles are off by up to 0.01 at position 200,000, enough to change which keys the indexer selects
     (spec section 14.1). Plain RoPE; scaled variants build their own tables.
@@ -329,4 +331,4 @@ def rope_tables(positions: torch.Tensor, rotary_dim: int, theta: float) -> tuple
         )
     exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=positions.device) / rotary_dim
     angles = positions.to(torch.float64)[:, None] * theta**-exponent
-    return angles.cos().float(), angles.sin().float()
+    return angles.cos().to(dtype or torch.float32), angles.sin().to(dtype or torch.float32)

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from glm5_hal.capability import Accepted, TensorMeta
+from glm5_hal.capability import Accepted
 from glm5_hal.conformance.checks.accuracy import judge
 from glm5_hal.conformance.checks.integrity import stray_writes
 from glm5_hal.conformance.trial import Finding, Trial
 from glm5_hal.errors import HalError
+from glm5_hal.signature import TensorMeta
 
 
 def check(trial: Trial) -> Finding:

@@ -12,6 +12,22 @@ from glm5_hal.plugins.loading import LOAD_DEADLINE, load
 from glm5_hal.plugins.record import DISTRIBUTION, Defect, PluginRecord
 
 
+def find(entry_points: Iterable[metadata.EntryPoint] | None = None) -> tuple[PluginRecord, ...]:
+    """Every backend plugin that is announced, none of them loaded: what is installed, or these entry points."""
+    found = _installed() if entry_points is None else (_unloaded(point, point.dist) for point in entry_points)
+    once = {(_canonical(record.dist), record.name, record.value): record for record in found}
+    return tuple(sorted(once.values(), key=order))
+
+
+def settle(same: Sequence[PluginRecord], deadline: float = LOAD_DEADLINE) -> tuple[PluginRecord, ...]:
+    """Load the plugins of one name, and refuse those that cannot be used beside each other.
+
+    An outside plugin that takes a built-in's name is not even loaded.
+    """
+    owned = without_theft(same)
+    return without_twins([load(record, None if record.builtin else deadline) for record in owned])
+
+
 def discover(
     entry_points: Iterable[metadata.EntryPoint] | None = None, *, deadline: float = LOAD_DEADLINE
 ) -> tuple[PluginRecord, ...]:
@@ -21,10 +37,10 @@ def discover(
         entry_points: what to load instead of what is installed.
         deadline: seconds that each outside plugin has. They are loaded in a thread, which a plugin that hangs keeps.
     """
-    found = _installed() if entry_points is None else (_unloaded(point, point.dist) for point in entry_points)
-    once = {(_canonical(record.dist), record.name, record.value): record for record in found}
-    loaded = [load(record, None if record.builtin else deadline) for record in once.values()]
-    return tuple(sorted(_without_clashes(loaded), key=_order))
+    found = find(entry_points)
+    names = dict.fromkeys(record.name for record in found)
+    settled = [r for name in names for r in settle([r for r in found if r.name == name], deadline)]
+    return tuple(sorted(settled, key=order))
 
 
 def _installed() -> Iterator[PluginRecord]:
@@ -82,30 +98,42 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _without_clashes(records: Sequence[PluginRecord]) -> Iterator[PluginRecord]:
-    """Refuse an outside plugin that takes a built-in's name, and every one of two that offer the same name.
+def without_theft(records: Sequence[PluginRecord]) -> tuple[PluginRecord, ...]:
+    """Refuse an outside plugin that takes a built-in's name."""
+    owners = {record.name: record.origin for record in records if record.builtin}
+    return tuple(
+        record
+        if record.builtin or record.status != "ok" or record.name not in owners
+        else record.failed(
+            Defect(
+                "BUILTIN_NAME",
+                f"{record.name!r} is a built-in backend of {owners[record.name]}, and {record.origin} offers it too",
+                f"give the outside one a name of its own, or take it out: pip uninstall {record.dist}",
+                "refused",
+            )
+        )
+        for record in records
+    )
+
+
+def without_twins(records: Sequence[PluginRecord]) -> tuple[PluginRecord, ...]:
+    """Refuse every one of two outside plugins that offer the same name.
 
     A plugin that is broken anyway clashes with nothing: it must not take a working one down with it.
     """
-    builtin = {record.name: record for record in records if record.builtin}
+    kept = []
     for record in records:
         rivals = [r for r in records if r.name == record.name and r.status == "ok" and not r.builtin]
-        if record not in rivals:
-            yield record
-        elif record.name in builtin:
-            owner = builtin[record.name].origin
-            reason = f"{record.name!r} is a built-in backend of {owner}, and {record.origin} offers it too"
-            fix = f"give the outside one a name of its own, or take it out: pip uninstall {record.dist}"
-            yield record.failed(Defect("BUILTIN_NAME", reason, fix, "refused"))
-        elif len(rivals) > 1:
+        if record in rivals and len(rivals) > 1:
             who = " and ".join(sorted(f"{r.origin} ({r.value})" for r in rivals))
             fix = "uninstall one of them: " + " or ".join(sorted({f"pip uninstall {r.dist}" for r in rivals}))
             reason = f"backend {record.name!r} is offered by {who}; neither is used"
-            yield record.failed(Defect("DUPLICATE", reason, fix, "refused"))
-        else:
-            yield record
+            record = record.failed(Defect("DUPLICATE", reason, fix, "refused"))
+        kept.append(record)
+    return tuple(kept)
 
 
-def _order(record: PluginRecord) -> tuple[bool, int, str, str, str]:
+def order(record: PluginRecord) -> tuple[bool, int, str, str, str]:
+    """Built-in ones first, then by priority (0 until it is loaded), then by name."""
     priority = 0 if record.builtin or record.backend is None else record.backend.priority
     return not record.builtin, -priority, record.name, record.dist, record.value

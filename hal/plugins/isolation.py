@@ -34,7 +34,8 @@ class Outcome:
 def guarded(call: Callable[[], Any], deadline: float | None, root: str) -> Outcome:
     """Run a plugin's code with what it prints caught: in a thread, or in this one where there is no deadline.
 
-    A thread cannot be killed: one that is stuck at its deadline is left behind. KeyboardInterrupt passes through.
+    A thread cannot be killed: one that is stuck at its deadline is left behind. A KeyboardInterrupt in this thread is
+    the user's and passes through; in another it is the plugin's own.
     """
     done: list[tuple[Any, BaseException | None]] = []
 
@@ -58,7 +59,7 @@ def guarded(call: Callable[[], Any], deadline: float | None, root: str) -> Outco
         frames = traceback.walk_stack(sys._current_frames().get(thread.ident or 0))
         return Outcome(None, None, _place(reversed(list(frames)), root), seconds, output)
     value, problem = done[0]
-    if isinstance(problem, KeyboardInterrupt):
+    if isinstance(problem, KeyboardInterrupt) and deadline is None:
         raise problem
     return Outcome(value, problem, None, seconds, output)
 
@@ -103,7 +104,7 @@ def told(problem: BaseException, root: str = "") -> tuple[str, str]:
     """An exception in one line, with the place in the plugin, and its own fix if it has one."""
     try:
         text = problem.what if isinstance(problem, HalError) else str(problem)
-    except Exception:  # noqa: BLE001 - an exception's own __str__ may be broken too
+    except BaseException:  # noqa: BLE001 - an exception's own __str__ may be broken too, or leave
         text = "its message cannot be read"
     line = next((part.strip() for part in text.splitlines() if part.strip()), "")
     said = f"{type(problem).__name__}: {line}" if line else type(problem).__name__

@@ -27,7 +27,7 @@ _VALUE = re.compile(r"(?P<module>\w+(\.\w+)*)\s*(:\s*(?P<attr>\w+(\.\w+)*))?\s*(
 
 def load(record: PluginRecord, deadline: float | None) -> PluginRecord:
     """The record with its backend, or with what went wrong. Without a deadline it is loaded in this thread."""
-    if record.status != "ok":
+    if record.status != "ok" or record.backend is not None:
         return record
     outcome = guarded(lambda: _build(record), deadline, record.root)
     record = replace(record, seconds=outcome.seconds, output=outcome.output)
@@ -36,7 +36,7 @@ def load(record: PluginRecord, deadline: float | None) -> PluginRecord:
         return record.failed(Defect("TIMEOUT", reason, f"import the vendor's SDK in probe() only; {record.remedy}"))
     if outcome.problem is not None:
         return record.failed(_defect(record, "IMPORT", f"loading {record.value!r} raised", outcome.problem))
-    return replace(record, backend=outcome.value)
+    return replace(record, backend=outcome.value, device_type=outcome.value.device_type)
 
 
 def _build(record: PluginRecord) -> Backend:
@@ -68,13 +68,13 @@ def _build(record: PluginRecord) -> Backend:
 def _stage(record: PluginRecord, code: str, what: str) -> Iterator[None]:
     try:
         yield
+    except KeyboardInterrupt:
+        raise
     except BaseException as problem:
         raise _defect(record, code, what, problem) from problem
 
 
 def _defect(record: PluginRecord, code: str, what: str, problem: BaseException) -> Defect:
-    if isinstance(problem, KeyboardInterrupt):
-        raise problem
     if isinstance(problem, Defect):
         return problem
     said, fix = told(problem, record.root)

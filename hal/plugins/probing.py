@@ -34,6 +34,12 @@ def probe(record: PluginRecord, deadline: float | None = PROBE_DEADLINE) -> Devi
         return Unavailable(f"the probe raised {what}", fix or record.remedy, fault=True)
     if isinstance(outcome.value, Unavailable):
         no = outcome.value
+        wrong = [kind_of(text) for text in (no.reason, no.fix) if not isinstance(text, str)]
+        if wrong:
+            what = (
+                f"the probe's Unavailable has reason and fix that are text, not {wrong[0]}{defined_at(backend.probe)}"
+            )
+            return Unavailable(what, f"correct probe(); {record.remedy}", fault=True)
         return Unavailable(no.reason or "the probe gave no reason", no.fix or hardware_fix(record), no.fault)
     problem = _device_problem(outcome.value, backend)
     if problem is not None:

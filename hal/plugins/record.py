@@ -14,6 +14,7 @@ CODES: dict[str, str] = {
     "ENTRY_POINT": "the entry point names a module or an object that is not there",
     "IMPORT": "the module raised while it was imported",
     "TIMEOUT": "the module or its hook did not come back in time",
+    "CRASH": "the module or its hook ended the process that loaded it, or left it unusable",
     "HOOK_MISSING": "the module implements no glm5_backend hook",
     "HOOK_SPEC": "the hook does not fit its specification",
     "HOOK_RAISED": "the hook raised",
@@ -39,7 +40,8 @@ class PluginRecord:
         status: "ok", "broken" (it cannot be used by anyone) or "refused" (it works, but not with this core or beside
             these plugins).
         code, reason, fix: why it is not ok, one of :data:`CODES` first, and what to do; empty where it is.
-        backend: the plugin object, exactly where the status is ok.
+        backend: the plugin object, once it is loaded and its status is ok.
+        device_type: the backend's; known without it where it was loaded in another process.
         seconds: how long it took to load.
         output: what it printed while it loaded.
     """
@@ -54,6 +56,7 @@ class PluginRecord:
     reason: str = ""
     fix: str = ""
     backend: Backend | None = None
+    device_type: str = ""
     seconds: float = 0.0
     output: str = ""
 

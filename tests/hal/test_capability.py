@@ -11,11 +11,8 @@ from toys import raised
 from glm5_hal.capability import (
     ACCEPTED,
     Accepted,
-    Facts,
     Rejected,
     Requirement,
-    Signature,
-    TensorMeta,
     absent,
     arch,
     at_least,
@@ -29,6 +26,7 @@ from glm5_hal.capability import (
     package_problem,
     when,
 )
+from glm5_hal.signature import Facts, Signature, TensorMeta
 
 NOBODY = Facts()
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
-from toys import PAIR, PIPE, TOYS, installed, kernel_of, published, raised, spec_of, stand_in
+from toys import PAIR, PIPE, TOYS, installed, kernel_of, published, raised, spec_of, stand_in, toy
 
+from glm5_hal import use
 from glm5_hal.backend import Device, Kernel, Unavailable
 from glm5_hal.capability import dtype, limit, one_of, when
 from glm5_hal.catalogue import Catalogue
@@ -131,11 +133,11 @@ def test_the_installed_backends_are_discovered_only_when_asked_for(monkeypatch: 
 
     asked: list[int] = []
 
-    def discover() -> tuple[PluginRecord, ...]:
+    def find() -> tuple[PluginRecord, ...]:
         asked.append(1)
         return (stand_in("acme"),)
 
-    monkeypatch.setattr(plugins, "discover", discover)
+    monkeypatch.setattr(plugins, "find", find)
     catalogue = Catalogue()
     assert asked == []
     assert [r.name for r in catalogue.records] == [r.name for r in catalogue.records] == ["acme"]
@@ -155,3 +157,32 @@ def test_every_built_in_folder_is_announced(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2] / "backends"
     folders = {p.parent.name for p in root.glob("[a-z]*/__init__.py")}
     assert {r.name for r in Catalogue().records if r.builtin} == folders
+
+
+class Odd:
+    """A vendor's own requirement, and all of it wrong."""
+
+    reads: Any = frozenset()
+
+    def describe(self) -> str:
+        raise ValueError("no words")
+
+    def test(self, call: Any, facts: Any) -> Any:
+        raise SystemExit(9)
+
+
+@pytest.mark.parametrize("reads", [5, ["abc"], [("x",)], None])
+def test_a_requirement_whose_reads_are_no_pairs_is_refused(reads: Any) -> None:
+    odd = Odd()
+    odd.reads = reads
+    with published(), installed(stand_in("acme", [kernel_of(PAIR, requires=[odd])])) as catalogue:
+        problem = raised(catalogue.kernels, "acme", "toy_pair")
+    assert problem.code == "CONTRACT"
+    assert "what 'Odd' reads is not known" in problem.what
+
+
+def test_a_requirement_that_leaves_and_has_no_words_is_a_no() -> None:
+    with published(), installed(stand_in("acme", [kernel_of(PAIR, requires=[Odd()])])), use("acme"):
+        problem = raised(toy(PAIR), torch.ones(2, 3))
+    assert problem.code == "NO_KERNEL"
+    assert "its requirement 'Odd' raised SystemExit: 9" in str(problem)

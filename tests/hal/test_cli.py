@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import installed, stand_in
+from toys import checked_here, installed, stand_in
 
-from glm5_hal import cli, plugins
+from glm5_hal import cli
 from glm5_hal.backend import Kernel, Unavailable
 from glm5_hal.errors import CODES, HalError
 from glm5_hal.inventory import inventory
 from glm5_hal.ops import specs
+from glm5_hal.plugins import child
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Done:
 def run(fresh: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """The command in this process: its exit code and what it printed."""
     fresh.setenv("COLUMNS", "200")
-    fresh.setattr(plugins, "probe_in_subprocess", lambda record, timeout: plugins.probe(record, None))
+    fresh.setattr(child, "check_up", checked_here)
 
     def call(*words: str) -> Done:
         fresh.setattr(sys, "argv", ["glm5-hal", *words])

@@ -158,7 +158,7 @@ def test_tasks_inherit_the_policy_and_do_not_see_each_others() -> None:
 
 
 def test_a_policy_cannot_be_changed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context, "_capturing", lambda: True)
+    monkeypatch.setattr(context, "capturing", lambda: True)
 
     def enter() -> None:
         with glm5_hal.use("cpu"):

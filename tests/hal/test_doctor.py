@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from toys import installed, stand_in
+from toys import checked_here, installed, stand_in
 
 import glm5_hal
 from glm5_hal import context, doctor, plugins
-from glm5_hal.backend import Device, Kernel, Unavailable
+from glm5_hal.backend import Kernel, Unavailable
 from glm5_hal.catalogue import Catalogue
 from glm5_hal.cli import main
 from glm5_hal.doctor import Patient, examine, render
 from glm5_hal.hookspecs import GROUP
 from glm5_hal.inventory import inventory
 from glm5_hal.ops import specs
-from glm5_hal.plugins import PluginRecord
+from glm5_hal.plugins import PluginRecord, child
 
 NORM = specs()["rms_norm"]
 
@@ -31,7 +31,7 @@ NORM = specs()["rms_norm"]
 @pytest.fixture
 def in_process(fresh: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Probes without a process each: what these tests are about is what the doctor makes of the answer."""
-    fresh.setattr(plugins, "probe_in_subprocess", lambda record, timeout: plugins.probe(record, None))
+    fresh.setattr(child, "check_up", checked_here)
     return fresh
 
 
@@ -90,12 +90,6 @@ def test_a_tiny_kernel_that_is_not_right_is_a_fault(
     assert found.state == "broken"
     assert words in found.kernel
     assert found.fix
-
-
-def test_a_probe_that_answers_only_in_a_process_of_its_own_is_a_fault(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(plugins, "probe_in_subprocess", lambda record, timeout: Device("cpu", "a", "b"))
-    found = patient(stand_in("acme", probe=lambda: Unavailable("it is busy", "wait")))
-    assert (found.state, found.kernel) == ("broken", "failed: outside the probe's own process, it is busy")
 
 
 def test_a_backend_with_other_ops_alone_is_no_fault(in_process: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,25 @@ def test_what_comes_after_the_choice_answers_too() -> None:
     ]
 
 
+def test_what_the_policy_leaves_out_is_shown_with_what_would_allow_it() -> None:
+    slow = Kernel("topk_indices", "reference", TOPK.reference)
+    small = Kernel("topk_indices", "native", TOPK.reference, (limit("top_k", 2048),))
+    others = [stand_in("other", [small], builtin=True), stand_in("quux", [small], device_type="quux")]
+    with installed(stand_in("acme", [small, slow]), *others), glm5_hal.use("acme"):
+        found = explain("topk_indices", top_k=4096)
+        problem = raised(glm5_hal.ops.topk_indices, torch.zeros(1, 9), torch.tensor([9]).int(), top_k=4096)
+    assert not found.ok
+    rows = [(s.candidate, s.decision.code, s.decision.fix) for s in found.left_out if isinstance(s.decision, Rejected)]
+    assert rows == [
+        ("acme:reference", "NOT_LISTED", "GLM5_BACKEND=acme:reference"),
+        ("other", "NOT_LISTED", "add ',other' to GLM5_BACKEND to allow it"),
+    ]
+    assert [step["candidate"] for step in found.as_dict()["left_out"]] == ["acme:reference", "other"]
+    assert " - other " in str(found)
+    assert [s.candidate for s in problem.trace] == ["acme:native", "acme:reference", "other"]
+    assert problem.fix == "use top_k=2048, or another kernel"
+
+
 def test_a_call_with_tensors() -> None:
     scores, lens = torch.zeros(2, 6).t().contiguous().t(), torch.tensor([6, 6], dtype=torch.int32)
     with acme():

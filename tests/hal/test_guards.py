@@ -17,11 +17,12 @@ from toys import CROWD, PAIR, installed, published, stand_in, toy
 import glm5_hal
 from glm5_hal import context, guards
 from glm5_hal.backend import Device, Kernel
-from glm5_hal.capability import ACCEPTED, Decision, Facts, Signature
+from glm5_hal.capability import ACCEPTED, Decision
 from glm5_hal.catalogue import Catalogue
 from glm5_hal.dispatch import GUARD_FROM
 from glm5_hal.errors import HalError
 from glm5_hal.guards import tensor_guard
+from glm5_hal.signature import Facts, Signature
 from glm5_hal.spec import OpSpec
 
 

@@ -10,10 +10,10 @@ import pytest
 from torch import Tensor
 from toys import CROWD, PAIR, WRITE, raised, spec_of
 
-from glm5_hal.capability import TensorMeta
 from glm5_hal.errors import HalError
 from glm5_hal.metadata import axis_names, bind_axes, bind_dtypes, evaluate, out_shapes, signature_of
 from glm5_hal.ops import specs
+from glm5_hal.signature import TensorMeta
 from glm5_hal.spec import Arg, Constraint, Out, Scalar
 
 

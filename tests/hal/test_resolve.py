@@ -14,11 +14,8 @@ from toys import CROWD, PAIR, PIPE, call_of, installed, kernel_of, published, st
 from glm5_hal.backend import Kernel, Unavailable
 from glm5_hal.capability import (
     Accepted,
-    Facts,
     Rejected,
     Requirement,
-    Signature,
-    TensorMeta,
     absent,
     arch,
     at_least,
@@ -38,6 +35,7 @@ from glm5_hal.ops._common.references import reference_of
 from glm5_hal.plugins import PluginRecord
 from glm5_hal.policy import parse
 from glm5_hal.resolve import Resolution, resolve
+from glm5_hal.signature import Facts, Signature, TensorMeta
 from glm5_hal.spec import OpSpec
 
 QUUX = call_of(PAIR, "quux:1")
@@ -107,9 +105,9 @@ def test_a_reference_is_never_chosen_unless_named() -> None:
 def test_an_outside_plugin_never_outranks_the_built_in_of_the_same_device_unless_named() -> None:
     outside = quux("aaa", *providers("native"), priority=100)
     builtin = quux("quux", *providers("torch"), builtin=True)
-    from glm5_hal.plugins.discovery import _order
+    from glm5_hal.plugins import order
 
-    records = sorted([outside, builtin], key=_order)
+    records = sorted([outside, builtin], key=order)
     assert chosen("auto", *records) == "quux:torch"
     assert chosen("aaa", *records) == "aaa:native"
     assert chosen("auto", *records, call=call_of(PAIR, "quux")) == "quux:torch"
@@ -136,7 +134,7 @@ def test_naming_a_provider_is_strict() -> None:
     assert trace(asked("quux:triton", record)) == [("quux:triton", "NOT_IMPLEMENTED")]
 
 
-def test_what_is_listed_is_tried_in_that_order_and_marked_as_a_fallback() -> None:
+def test_what_is_listed_is_tried_in_thatorder_and_marked_as_a_fallback() -> None:
     first, second = quux("first", *providers("native", requires={"native": NO})), quux("second")
     for policy in ("first,second", "first,auto"):
         found = asked(policy, first, second)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glm5_hal.backend import Kernel
-from glm5_hal.capability import Facts
 from glm5_hal.conformance import oracle
 from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.checks import accuracy, layout, poison
@@ -19,6 +18,7 @@ from glm5_hal.conformance.inputs import Draw
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.conformance.trial import Expected, Trial
 from glm5_hal.ops import specs
+from glm5_hal.signature import Facts
 from glm5_hal.spec import Inputs, Sample
 from glm5_hal.state import FORMATS
 

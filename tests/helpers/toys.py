@@ -16,13 +16,15 @@ import glm5_hal.backends.cpu.reference  # whoever imports `specs` must have the 
 import glm5_hal.ops
 from glm5_hal import context
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
-from glm5_hal.capability import Requirement, Signature, TensorMeta
+from glm5_hal.capability import Requirement
 from glm5_hal.catalogue import Catalogue
 from glm5_hal.dispatch import Op, make_op
 from glm5_hal.errors import HalError
 from glm5_hal.metadata import bind_axes
-from glm5_hal.plugins import PluginRecord
+from glm5_hal.plugins import Checkup, PluginRecord, load, probe
+from glm5_hal.signature import Signature, TensorMeta
 from glm5_hal.spec import Arg, BitExact, Cost, Inputs, OpSpec, Out, Sample, Scalar
+from glm5_hal.trial import tiny_kernel
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 
@@ -220,3 +222,12 @@ def first_sample(spec: OpSpec, dtype: str | None = None) -> dict[str, Any]:
 
 def fresh_copy(args: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in args.items()}
+
+
+def checked_here(record: PluginRecord, deadline: float, last: str) -> Checkup:
+    """A checkup without a process: what a test is about is what is made of the answer."""
+    record = load(record, None)
+    if record.status != "ok":
+        return Checkup(record)
+    found = probe(record, None)
+    return Checkup(record, found, tiny_kernel(record) if isinstance(found, Device) else "")

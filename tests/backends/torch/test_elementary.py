@@ -14,8 +14,9 @@ from torch import Tensor
 from glm5_hal.backend import Kernel
 from glm5_hal.backends._torch.elementary import hadamard, rope, silu_and_mul
 from glm5_hal.backends._torch.norms import add_rms_norm, rms_norm
-from glm5_hal.capability import Accepted, Facts, Rejected, Signature
+from glm5_hal.capability import Accepted, Rejected
 from glm5_hal.ops import specs
+from glm5_hal.signature import Facts, Signature
 from glm5_hal.spec import Sample
 
 KERNELS = (rms_norm, add_rms_norm, rope, silu_and_mul, hadamard)

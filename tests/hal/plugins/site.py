@@ -5,8 +5,9 @@ import textwrap
 from importlib import metadata
 from pathlib import Path
 
+from glm5_hal.backend import Device, Unavailable
 from glm5_hal.hookspecs import GROUP
-from glm5_hal.plugins import LOAD_DEADLINE, PluginRecord, discover
+from glm5_hal.plugins import LOAD_DEADLINE, PROBE_DEADLINE, PluginRecord, check_up, discover
 
 HEAD = """
 from glm5_hal import Backend, Device, Kernel, Unavailable, hookimpl
@@ -20,6 +21,12 @@ GOOD = """
 def glm5_backend():
     return Backend(name=NAME, device_type="cpu", probe=probe, kernels=kernels)
 """
+
+
+def probe_in_a_child(record: PluginRecord, deadline: float = PROBE_DEADLINE) -> Device | Unavailable:
+    """What the probe finds there, or why the plugin could not be loaded there."""
+    checked = check_up(record, deadline, "probe")
+    return checked.found or Unavailable(checked.record.reason, checked.record.fix, fault=True)
 
 
 class Site:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from glm5_hal.backend import Device, Unavailable
-from glm5_hal.plugins import probe_in_subprocess
+from glm5_hal.plugins import Checkup, check_up, child, find, probe
 
-from .site import GOOD, Site, line_of, probing
+from .site import GOOD, Site, line_of, probe_in_a_child, probing
 
 
 def in_a_child(site: Site, body: str, deadline: float = 20.0) -> Device | Unavailable:
     site.install("acme", probing(body))
-    return probe_in_subprocess(site.record("acme"), deadline)
+    return probe_in_a_child(site.record("acme"), deadline)
 
 
 def broken_in_a_child(site: Site, body: str, deadline: float = 20.0) -> str:
@@ -100,7 +100,7 @@ def test_the_child_loads_the_one_plugin_and_no_other(site: Site, tmp_path: Path)
     loaded = tmp_path / "loaded"
     site.install("acme")
     site.install("zeta", f"with open({str(loaded)!r}, 'a') as f: f.write('x')" + GOOD)
-    assert isinstance(probe_in_subprocess(site.record("acme")), Device)
+    assert isinstance(probe_in_a_child(site.record("acme")), Device)
     assert loaded.read_text() == "x", "by discovery in this process, not by the child"
 
 
@@ -108,9 +108,9 @@ def test_a_plugin_that_the_child_cannot_load(site: Site) -> None:
     file = site.install("acme")
     record = site.record("acme")
     file.write_text("raise ValueError('changed')")
-    found = probe_in_subprocess(record)
+    found = probe_in_a_child(record)
     assert isinstance(found, Unavailable)
-    assert "could not load the plugin: importing acme_plugin raised ValueError: changed" in found.reason
+    assert "importing acme_plugin raised ValueError: changed" in found.reason
     assert found.fault
 
 
@@ -118,7 +118,88 @@ def test_an_interpreter_that_cannot_be_started(site: Site, monkeypatch: pytest.M
     site.install("acme")
     record = site.record("acme")
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
-    found = probe_in_subprocess(record)
+    found = probe_in_a_child(record)
     assert isinstance(found, Unavailable)
     assert "could not be started: FileNotFoundError" in found.reason
     assert found.fault
+
+
+# The stages before and after the probe
+
+
+def checked(site: Site, source: str, deadline: float = 20.0) -> Checkup:
+    """A checkup of a plugin that this process has not loaded."""
+    site.install("acme", source)
+    (record,) = [r for r in find() if r.name == "acme"]
+    return check_up(record, deadline)
+
+
+def ending(body: str) -> str:
+    return f"import os, sys, ctypes\n{body}\n" + GOOD
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "reason"),
+    [
+        ("os._exit(0)", "CRASH", "ended its process with status 0 and without an answer"),
+        ("os._exit(7)", "CRASH", "ended its process with status 7"),
+        ("ctypes.string_at(0)", "CRASH", "died with SIGSEGV, at "),
+        ("os.kill(os.getpid(), 15)", "CRASH", "died with SIGTERM"),
+        ("os.close(1)", "CRASH", "closed stdout or stderr"),
+        ("os.closerange(0, 100)", "CRASH", "ended its process with status 1"),
+        ("ctypes.PyDLL(None).sleep(600)", "TIMEOUT", "did not answer within 2 s, at "),
+        ("sys.exit(0)", "IMPORT", "raised SystemExit"),
+        ("raise KeyboardInterrupt", "CRASH", "its last words: KeyboardInterrupt"),
+    ],
+)
+def test_a_plugin_that_ends_or_hangs_what_loads_it(site: Site, body: str, code: str, reason: str) -> None:
+    found = checked(site, ending(body), deadline=2.0 if code == "TIMEOUT" else 20.0)
+    assert (found.record.status, found.record.code, found.found, found.kernel) == ("broken", code, None, "")
+    assert reason in found.record.reason
+    assert "pip install -U 'acme-hal'" in found.record.fix
+    assert found.crashed == ("" if code == "IMPORT" else found.record.reason)
+
+
+NORM = """
+def norm(x, weight, *, eps):
+    {body}
+def kernels():
+    {offer}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "offer", "kernel", "crashed"),
+    [
+        ("return x * (x * x).mean(-1, keepdim=True).rsqrt() * weight", "", "rms_norm on acme:native: right", False),
+        ("return x", "", "failed: acme:native gave [[3.0, 4.0]]", False),
+        ("return None", "", "failed: AttributeError: 'NoneType'", False),
+        ("raise SystemExit(5)", "", "failed: SystemExit: 5", False),
+        ("import os; os._exit(0)", "", "failed: the kernel ended its process with status 0", True),
+        ("import ctypes; ctypes.string_at(0)", "", "failed: the kernel died with SIGSEGV, at ", True),
+        ("", "raise OSError('no compiler')", "failed: HalError: plugin acme (acme-hal 1.0): kernels() raised", False),
+        ("", "import ctypes; ctypes.string_at(0)", "failed: the kernel died with SIGSEGV, at ", True),
+        ("", "return ()", "no rms_norm to try", False),
+    ],
+)
+def test_a_tiny_kernel_is_tried_there_too(site: Site, body: str, offer: str, kernel: str, crashed: bool) -> None:
+    offer = offer or "return [Kernel('rms_norm', 'native', norm)]"
+    found = checked(site, NORM.format(body=body or "pass", offer=offer) + GOOD)
+    assert found.record.status == "ok"
+    assert isinstance(found.found, Device)
+    assert found.kernel.startswith(kernel)
+    assert bool(found.crashed) == crashed
+
+
+def test_a_kernel_that_hangs_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "KERNEL_DEADLINE", 3.0)
+    found = checked(site, "\ndef kernels():\n    while True: pass\n" + GOOD)
+    assert found.kernel.startswith("failed: the kernel did not answer within 3 s")
+
+
+def test_of_a_plugin_in_order_all_is_told_but_the_plugin_itself(site: Site) -> None:
+    found = checked(site, "print('hello')\n" + GOOD)
+    assert (found.record.status, found.record.device_type, found.record.output) == ("ok", "cpu", "hello\n")
+    assert found.record.backend is None
+    assert found.found == probe(site.record("acme"))
+    assert "acme_plugin" in sys.modules, "by the line above, not by the checkup"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from glm5_hal.plugins import CODES
+from glm5_hal.plugins import CODES, PluginRecord, load
 
 from .site import GOOD, Site, backend, hook, line_of, wait_for
 
@@ -225,7 +225,7 @@ def test_a_broken_plugin_is_a_record_that_says_what_where_and_what_to_do(site: S
 
 
 def test_every_code_is_covered_here() -> None:
-    elsewhere = {"METADATA", "ENTRY_POINT", "TIMEOUT", "DUPLICATE", "BUILTIN_NAME"}
+    elsewhere = {"METADATA", "ENTRY_POINT", "TIMEOUT", "CRASH", "DUPLICATE", "BUILTIN_NAME"}
     assert {code for _, code, *_ in BROKEN.values()} | elsewhere == set(CODES)
 
 
@@ -283,10 +283,13 @@ def test_outside_plugins_load_in_a_thread_and_builtin_ones_in_the_callers(site: 
     assert [(record.name, record.output) for record in site.records()] == [("cpu", "True\n"), ("acme", "False\n")]
 
 
-def test_a_keyboard_interrupt_is_the_users_and_passes_through(site: Site) -> None:
+def test_a_keyboard_interrupt_is_the_users_in_this_thread_and_the_plugins_in_its_own(site: Site) -> None:
     site.install("acme", "raise KeyboardInterrupt")
+    record = site.record("acme")
+    assert (record.status, record.code) == ("broken", "IMPORT")
+    assert "KeyboardInterrupt" in record.reason
     with pytest.raises(KeyboardInterrupt):
-        site.records()
+        load(PluginRecord("acme", "acme_plugin", "acme-hal", "1.0", builtin=False), None)
 
 
 def test_nothing_that_a_plugin_does_comes_out_of_discovery(site: Site) -> None:

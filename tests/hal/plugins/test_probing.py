@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from glm5_hal.backend import Device, Unavailable
-from glm5_hal.plugins import probe, probe_in_subprocess
+from glm5_hal.plugins import probe
 
-from .site import HEAD, Site, line_of, probing, wait_for
+from .site import HEAD, Site, line_of, probe_in_a_child, probing, wait_for
 
-ASKED = pytest.mark.parametrize("ask", [probe, probe_in_subprocess], ids=["thread", "child"])
+ASKED = pytest.mark.parametrize("ask", [probe, probe_in_a_child], ids=["thread", "child"])
 Ask = Callable[..., Device | Unavailable]
 
 
@@ -136,7 +136,29 @@ def test_what_a_probe_prints_does_not_come_out(site: Site, capfd: pytest.Capture
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_keyboard_interrupt_in_a_probe_passes_through(site: Site) -> None:
+def test_a_keyboard_interrupt_is_the_users_in_this_thread_and_the_plugins_in_its_own(site: Site) -> None:
     site.install("acme", probing("raise KeyboardInterrupt"))
+    record = site.record("acme")
+    found = probe(record)
+    assert isinstance(found, Unavailable)
+    assert "the probe raised KeyboardInterrupt" in found.reason
     with pytest.raises(KeyboardInterrupt):
-        probe(site.record("acme"))
+        probe(record, None)
+
+
+@ASKED
+@pytest.mark.parametrize("answer", ["Unavailable(5, 'x')", "Unavailable('x', None)"])
+def test_a_no_that_is_not_text_is_the_probes_fault(site: Site, ask: Ask, answer: str) -> None:
+    site.install("acme", probing(f"return {answer}"))
+    found = ask(site.record("acme"))
+    assert isinstance(found, Unavailable)
+    assert found.fault
+    assert "reason and fix that are text" in found.reason
+
+
+def test_an_exception_that_leaves_while_it_is_told_leaves_nothing(site: Site) -> None:
+    body = "class Leaving(Exception):\n    def __str__(self): raise SystemExit(4)\nraise Leaving"
+    site.install("acme", probing(body))
+    found = probe(site.record("acme"))
+    assert isinstance(found, Unavailable)
+    assert "the probe raised Leaving: its message cannot be read" in found.reason

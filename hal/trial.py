@@ -1,0 +1,43 @@
+"""Whether a backend computes at all: one tiny kernel with a known answer."""
+
+from __future__ import annotations
+
+from glm5_hal import context
+from glm5_hal.backend import Device
+from glm5_hal.catalogue import Catalogue
+from glm5_hal.plugins import PluginRecord
+from glm5_hal.plugins.isolation import told
+
+#: What every trial that went well ends in.
+RIGHT = "right"
+
+
+def tiny_kernel(record: PluginRecord) -> str:
+    """Run rms_norm on two numbers: the bare kernel, with this backend alone, whatever the environment's settings are.
+
+    The answer begins with "failed" where the backend is at fault.
+    """
+    import torch
+
+    from glm5_hal import ops
+
+    name = record.name
+    with context.installed(Catalogue((record,))) as catalogue:
+        try:
+            device = catalogue.device(name)
+            if not isinstance(device, Device):
+                return f"failed: asked a second time, {device.reason}"
+            if not catalogue.kernels(name, "rms_norm"):
+                return "no rms_norm to try"
+            x = torch.tensor([[3.0, 4.0]], device=device.type)
+            with context.use(name), torch.inference_mode():
+                choice = ops.rms_norm.choose(x, torch.ones_like(x[0]), eps=0.0)
+                y = choice.kernel.fn(x, torch.ones_like(x[0]), eps=0.0).cpu()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as problem:  # noqa: BLE001 - whatever a vendor's kernel raises is the finding
+            return f"failed: {told(problem, record.root)[0]}"
+    expected = torch.tensor([[3.0, 4.0]]) / 12.5**0.5
+    if not torch.allclose(y.float(), expected, rtol=1e-2):
+        return f"failed: {choice.name} gave {y.tolist()}, the answer is {expected.tolist()}"
+    return f"rms_norm on {choice.name}: {RIGHT}"

@@ -1,0 +1,166 @@
+"""PagedCache behind transformers' interface: what it says of itself, what it refuses, what it holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small import model, tokens
+
+from glm5_hal.errors import HalError
+from glm5_hal.integrations.transformers import PagedCache, apply
+from glm5_hal.state import StepPlan
+
+COLUMNS = 20
+
+
+@pytest.fixture(scope="module")
+def small() -> Any:
+    return apply(model("shared"), page_size=8)
+
+
+@torch.no_grad()
+def run(small: Any, cache: PagedCache, columns: int = COLUMNS, batch: int = 2, **kwargs: Any) -> torch.Tensor:
+    logits: torch.Tensor = small(tokens(batch, columns), past_key_values=cache, **kwargs).logits
+    return logits
+
+
+def refused(call: Any, *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(HalError) as found:
+        call(*args, **kwargs)
+    assert found.value.fix
+    return found.value.code
+
+
+def test_it_counts_columns_and_rows(small: Any) -> None:
+    cache = PagedCache(small)
+    assert (cache.get_seq_length(), cache.batch_size, cache.is_initialized) == (0, 0, False)
+    run(small, cache)
+    assert (cache.get_seq_length(), cache.batch_size, len(cache), cache.is_initialized) == (COLUMNS, 2, 4, True)
+    assert cache.get_mask_sizes(3, 0) == (COLUMNS + 3, 0)
+    assert cache.get_max_length() == -1
+    assert cache.is_croppable
+    assert "20 columns" in repr(cache)
+
+
+def test_padding_takes_no_memory(small: Any) -> None:
+    mask = torch.ones(2, COLUMNS)
+    mask[0, :17] = 0
+    cache = PagedCache(small)
+    run(small, cache, attention_mask=mask)
+    assert [len(table) for table in cache._pages.tables] == [1, 3]
+
+
+def test_it_grows_and_keeps_what_it_holds(small: Any) -> None:
+    cache = PagedCache(small)
+    run(small, cache)
+    before = [t[0][cache.block_table[1, :2].long()].clone() for t in cache.latent]
+    for _ in range(40):
+        run(small, cache, columns=1)
+    assert cache.latent[0][0].shape[0] >= 2 * 8
+    after = [t[0][cache.block_table[1, :2].long()] for t in cache.latent]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_within_what_is_reserved_no_tensor_is_replaced(small: Any) -> None:
+    cache = PagedCache(small, batch_size=2, max_length=40)
+    held = [cache.block_table.data_ptr(), *(t.data_ptr() for tensors in cache.latent for t in tensors)]
+    run(small, cache)
+    run(small, cache)
+    assert [cache.block_table.data_ptr(), *(t.data_ptr() for ts in cache.latent for t in ts)] == held
+    run(small, cache, columns=1)
+    assert cache.block_table.shape[1] > 5
+
+
+def test_a_pass_in_inference_mode_leaves_a_cache_that_others_can_write(small: Any) -> None:
+    cache = PagedCache(small)
+    expected = run(small, PagedCache(small))[:, -1]
+    with torch.inference_mode():
+        small(tokens(2, COLUMNS)[:, :-1], past_key_values=cache)
+    with torch.no_grad():
+        found = small(tokens(2, COLUMNS)[:, -1:], past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_after_reset_it_takes_another_batch(small: Any) -> None:
+    cache = PagedCache(small)
+    run(small, cache, batch=3)
+    expected = run(small, PagedCache(small))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(run(small, cache), expected)
+
+
+def test_a_pass_that_fails_has_not_happened(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, expected = PagedCache(small), run(small, PagedCache(small))
+    with monkeypatch.context() as patch:
+        patch.setattr(small.model.layers[2].mlp, "forward", lambda x: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            run(small, cache)
+    assert cache.get_seq_length() == 0
+    assert torch.equal(run(small, cache), expected)
+
+
+def test_one_plan_serves_all_layers_and_knows_every_length(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, build = [], StepPlan.build
+
+    def watched(*args: Any, **kwargs: Any) -> StepPlan:
+        made.append(build(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(StepPlan, "build", watched)
+    cache = PagedCache(small)
+    run(small, cache)
+    run(small, cache, columns=1)
+    assert [plan.host for plan in made] == [
+        {"seq_lens": (20, 20), "cu_seqlens_q": (0, 20, 40)},
+        {"seq_lens": (21, 21), "cu_seqlens_q": (0, 1, 2)},
+    ]
+    assert [plan.seq_lens.tolist() for plan in made] == [[20, 20], [21, 21]]
+    assert [plan.cu_seqlens_q.tolist() for plan in made] == [[0, 20, 40], [0, 1, 2]]
+
+
+def test_what_contradicts_earlier_passes_is_refused(small: Any) -> None:
+    mask = torch.ones(2, COLUMNS)
+    mask[0, :5] = 0
+    cache = PagedCache(small)
+    run(small, cache, attention_mask=mask)
+    assert refused(run, small, cache, columns=1) == "VALUE"
+    assert refused(run, small, cache, columns=1, attention_mask=torch.ones(2, COLUMNS + 1)) == "VALUE"
+    assert refused(run, small, cache, columns=1, batch=3) == "SHAPE"
+    assert refused(cache.reserve, 64, batch_size=3) == "SHAPE"
+    run(small, cache, columns=1, attention_mask=torch.cat([mask, torch.ones(2, 1)], 1))
+
+
+def test_keys_are_indexed_in_steps_that_skip_scoring(small: Any) -> None:
+    """12 tokens select each other all, 20 do not: the first 12 keys are the same."""
+    short, long = PagedCache(small), PagedCache(small)
+    ids = tokens(1, COLUMNS)
+    with torch.no_grad():
+        small(ids[:, :12], past_key_values=short)
+        small(ids, past_key_values=long)
+    written, expected = (c.index[0][c.block_table[0].long()].flatten(0, 1)[:12] for c in (short, long))
+    assert expected.abs().amax(-1).min() > 0
+    torch.testing.assert_close(written, expected, atol=1e-5, rtol=0)
+
+
+def test_rope_keys_are_an_engines_and_not_de_interleaved_as_in_transformers(small: Any) -> None:
+    ours, ids = PagedCache(small), tokens(1, COLUMNS)
+    with torch.no_grad():
+        small(ids, past_key_values=ours)
+        theirs = model("shared")(ids, use_cache=True).past_key_values
+    latent, rope = ours.latent[0][0][ours.block_table[0].long()].flatten(0, 1)[:COLUMNS].tensor_split([128], -1)
+    torch.testing.assert_close(latent, theirs.layers[0].keys[0, 0], atol=1e-5, rtol=0)
+    halves = theirs.layers[0].values[0, 0].view(COLUMNS, 2, 8)
+    torch.testing.assert_close(rope, halves.transpose(1, 2).flatten(1), atol=1e-5, rtol=0)
+
+
+def test_a_crop_is_counted_as_transformers_counts_it(small: Any) -> None:
+    cache = PagedCache(small)
+    run(small, cache)
+    assert refused(cache.crop, 4) == "SCALAR"
+    cache.crop(0)
+    assert cache.get_seq_length() == COLUMNS
+    cache.crop(-100)
+    assert cache.get_seq_length() == 0

@@ -1,0 +1,72 @@
+"""All plugins at once, each in a process of its own: what does not survive there is not loaded here."""
+
+import sys
+from pathlib import Path
+
+from glm5_hal import context
+from glm5_hal.catalogue import Catalogue
+from glm5_hal.plugins import PluginRecord, check_up_all, find, vetted
+
+from .site import GOOD, Site, probing
+
+EXIT = "import os; os._exit(0)" + GOOD
+
+
+def found(site: Site) -> list[PluginRecord]:
+    return [r for r in find() if not r.builtin]
+
+
+def test_every_plugin_is_checked_and_none_is_loaded_here(site: Site) -> None:
+    site.install("acme")
+    site.install("exits", EXIT)
+    checked = {c.record.name: c for c in check_up_all(found(site), last="probe")}
+    assert {name: c.record.code for name, c in checked.items()} == {"acme": "", "exits": "CRASH"}
+    assert not {"acme_plugin", "exits_plugin"} & sys.modules.keys()
+
+
+def test_clashes_of_names_are_found_without_loading_either(site: Site) -> None:
+    site.install("acme", dist="acme-hal")
+    site.install("acme", dist="acme-fork", value="acme_plugin")
+    site.install("cpu", EXIT, dist="fast-cpu")
+    codes = [c.record.code for c in check_up_all(find(), last="load") if not c.record.builtin]
+    assert sorted(codes) == ["BUILTIN_NAME", "DUPLICATE", "DUPLICATE"]
+
+
+def test_what_crashed_is_failed_and_what_is_in_order_is_still_to_be_loaded(site: Site) -> None:
+    site.install("acme")
+    site.install("exits", EXIT)
+    site.install("dies", probing("import ctypes; ctypes.string_at(0)"))
+    site.install("absent", probing("return Unavailable('no card', 'plug it in')"))
+    records = {r.name: r for r in vetted(found(site))}
+    assert {name: r.code for name, r in records.items()} == {
+        "acme": "",
+        "absent": "",
+        "exits": "CRASH",
+        "dies": "CRASH",
+    }
+    assert "in a process of its own: the probe died with SIGSEGV" in records["dies"].reason
+    catalogue = Catalogue(list(records.values()))
+    assert catalogue.record("acme").backend is not None
+    assert catalogue.record("dies").backend is None
+
+
+def test_a_call_loads_no_plugin_that_cannot_serve_it(site: Site, tmp_path: Path) -> None:
+    """So neither a slow import nor a fatal one is anyone's but its own."""
+    import torch
+
+    import glm5_hal
+
+    loaded = tmp_path / "loaded"
+    noting = f"with open({str(loaded)!r}, 'a') as file: file.write('{{}} ')" + GOOD
+    site.install("acme", noting.format("acme"))
+    site.install("zeta", noting.format("zeta"))
+    site.install("cpu", EXIT, dist="fast-cpu")
+    with context.installed(Catalogue()):
+        x = torch.ones(2, 3)
+        glm5_hal.ops.rms_norm(x, x[0], eps=1e-5)
+        with glm5_hal.use("cpu"):
+            glm5_hal.ops.rms_norm(x, x[0], eps=1e-5)
+        assert not loaded.exists()
+        with glm5_hal.use("zeta,cpu"):
+            assert glm5_hal.ops.rms_norm.choose(x, x[0], eps=1e-5).name == "cpu:torch"
+        assert loaded.read_text() == "zeta "
