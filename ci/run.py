@@ -34,7 +34,7 @@ JOBS = {
     "conformance": [[str(BIN / "glm5-hal"), *SUITE.split()]],
     "lint": LINT,
     # pytest comes last: its closing line is the run's.
-    "test": [*LINT, [PYTHON, "ci/docs.py", "--check"], [PYTHON, "-m", "pytest"]],
+    "test": [*LINT, [PYTHON, "ci/docs.py", "--check"], [PYTHON, "ci/waivers.py"], [PYTHON, "-m", "pytest"]],
 }
 
 #: What the environment follows from, beside this repository's place.

@@ -7,9 +7,9 @@ traffic at the measured copy bandwidth; both come from the op's declared cost. A
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from glm5_hal.conformance import runner
 from glm5_hal.conformance.cases import Case, cases
 from glm5_hal.conformance.inputs import Draw
 from glm5_hal.conformance.runner import Target
+from glm5_hal.conformance.trial import waiting
 from glm5_hal.errors import HalError
 from glm5_hal.metadata import bind_axes
 
@@ -84,16 +85,32 @@ def measure(
 
 def measured_limits(device: str, dtype: str) -> Limits:
     """This device's own copy bandwidth and matmul rate, best of a few runs."""
-    kind = getattr(torch, dtype)
+    return Limits(device, copy_rate(device, 0.5), matmul_rate(device, dtype, 0.3), dtype)
+
+
+def copy_rate(device: str, seconds: float) -> float:
+    """Bytes per second, read plus write, of a copy too large for caches."""
     source = torch.zeros(1 << 26, dtype=torch.uint8, device=device)
     sink = torch.empty_like(source)
-    copying = _best(lambda: sink.copy_(source), device, 0.5)
-    size = 1024 if device == "cpu" else 4096
-    a = torch.ones(size, size, dtype=kind, device=device)
+    return 2 * source.numel() / _best(lambda: sink.copy_(source), device, seconds)
+
+
+def matmul_rate(device: str, dtype: str, seconds: float) -> float:
+    """Floating-point operations per second of a matrix product of such numbers."""
+    largest = 1024 if device.split(":")[0] == "cpu" else 4096
+    kind = getattr(torch, dtype)
     # Some dtypes have no fast product on some devices: what counts is the best way to multiply such numbers there.
-    ways = [lambda: a @ a, lambda: a.float() @ a.float()] if kind is not torch.float64 else [lambda: a @ a]
-    multiplying = min(_best(way, device, 0.3, at_most=20) for way in ways)
-    return Limits(device, 2 * source.numel() / copying, 2 * size**3 / multiplying, dtype)
+    ways: list[Callable[[torch.Tensor], torch.Tensor]] = [lambda m: m @ m]
+    if kind is not torch.float64:
+        ways.append(lambda m: m.float() @ m.float())
+    best = 0.0
+    for way in ways:
+        size, taken = largest // 8, 0.0
+        while size <= largest and 8 * taken < max(seconds, 0.5):  # a way that is slow would take minutes at full size
+            matrix = torch.ones(size, size, dtype=kind, device=device)
+            taken = _best(partial(way, matrix), device, seconds / 4, at_most=20)
+            best, size = max(best, 2 * size**3 / taken), 2 * size
+    return best
 
 
 def _timed(case: Case, target: Target, limits: Limits, seconds: float) -> Row:
@@ -121,23 +138,17 @@ def _best(call: Callable[[], Any], device: str, seconds: float, at_most: int = 1
 
 def _repeat(call: Callable[[], Any], device: str, seconds: float, at_most: int = 1000) -> tuple[int, float]:
     """Runs within a time budget, after one to warm up; the fastest counts."""
-    with _synchronised(device) as wait:
+    wait = waiting(device)
+    call()
+    wait()
+    runs, best, end = 0, float("inf"), time.perf_counter() + seconds
+    while runs < 1 or (time.perf_counter() < end and runs < at_most):
+        start = time.perf_counter()
         call()
         wait()
-        runs, best, end = 0, float("inf"), time.perf_counter() + seconds
-        while runs < 1 or (time.perf_counter() < end and runs < at_most):
-            start = time.perf_counter()
-            call()
-            wait()
-            best = min(best, time.perf_counter() - start)
-            runs += 1
+        best = min(best, time.perf_counter() - start)
+        runs += 1
     return runs, best
-
-
-@contextmanager
-def _synchronised(device: str) -> Iterator[Callable[[], None]]:
-    kind = device.split(":")[0]
-    yield (lambda: None) if kind == "cpu" else getattr(torch, kind).synchronize
 
 
 def render(found: Bench) -> RenderableType:

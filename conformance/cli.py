@@ -1,18 +1,22 @@
-"""``glm5-hal conformance``: run the suite, list its cases."""
+"""``glm5-hal conformance``: run the suite, list its cases; and what is done with a bundle."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from glm5_hal.conformance.bundle import commands
+
 if TYPE_CHECKING:
     from glm5_hal.conformance.cases import Case
     from glm5_hal.conformance.results import Result
     from glm5_hal.conformance.runner import Target
+    from glm5_hal.conformance.waivers import Book
 
 app = typer.Typer(no_args_is_help=True, help="Judge a backend's kernels against the float64 oracle.")
 
@@ -31,26 +35,32 @@ def run(
     case: Annotated[list[str] | None, typer.Option(help="Only this case, whatever its level. May be repeated.")] = None,
     device: Annotated[str | None, typer.Option(help="Device to run on, as torch names it (cuda:1).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the inputs; a customer may choose a fresh one.", min=0)] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for results.jsonl and junit.xml.")] = Path("conformance-out"),
+    out: Annotated[Path, typer.Option(help="Folder for the bundle.")] = Path("conformance-out"),
     as_json: Json = False,
 ) -> None:
-    """Run the cases and write OUT/results.jsonl and OUT/junit.xml.
+    """Run the cases and write a bundle to OUT: results.jsonl, what derives from it, and what a verifier needs.
 
     Exit codes: 0 all passed (UNSUPPORTED is not a failure, but something must pass), 1 a case failed, 2 usage, 3 the
     device is not available.
     """
     from glm5_hal.conformance import cases as all_cases
-    from glm5_hal.conformance import runner
+    from glm5_hal.conformance import runner, waivers
+    from glm5_hal.conformance.bundle import files
+    from glm5_hal.conformance.bundle.manifest import Selection, now
     from glm5_hal.conformance.results import succeeded
 
     judged = runner.targets(backend, device)
     chosen = all_cases.find(case) if case else list(all_cases.cases(level, op or ("*",)))
-    results = _run(chosen, judged, seed, out, show=not as_json)
-    _print(results, out, as_json)
+    book = waivers.load(judged[0].backend, judged[0].facts.name, judged[0].facts.versions)
+    started = now()
+    results = _run(chosen, judged, seed, out, book, show=not as_json)
+    selection = Selection(level, tuple(op or ("*",)), tuple(case or ()), tuple(t.policy for t in judged), seed)
+    files.write(out, results, selection, [c.id for c in chosen], judged, book, started)
+    _print(results, out, as_json, book)
     raise typer.Exit(0 if succeeded(results) else 1)
 
 
-def _run(chosen: list[Case], judged: list[Target], seed: int, out: Path, *, show: bool) -> list[Result]:
+def _run(chosen: list[Case], judged: list[Target], seed: int, out: Path, book: Book, *, show: bool) -> list[Result]:
     import torch
 
     from glm5_hal.conformance import report, runner
@@ -62,14 +72,13 @@ def _run(chosen: list[Case], judged: list[Target], seed: int, out: Path, *, show
     try:
         total, visible = len(chosen) * len(judged), show and sys.stderr.isatty()
         with report.sink(out) as lines, report.progress(total, visible) as bar, report.kernels_print_to_stderr():
-            for result in runner.run(chosen, judged, seed):
+            for result in map(book.judged, runner.run(chosen, judged, seed)):
                 lines.write(result.as_json() + "\n")
                 lines.flush()
                 results.append(result)
                 if bar:
                     failed = sum(not r.ok for r in results)
                     bar[0].update(bar[1], advance=1, description=f"{failed} failed  {result.case}")
-        report.write_junit(results, out / "junit.xml")
     except OSError as problem:
         raise HalError(
             "CONFIG", f"cannot write to {out}: {problem}", value=str(out), fix="choose another --out"
@@ -77,14 +86,17 @@ def _run(chosen: list[Case], judged: list[Target], seed: int, out: Path, *, show
     return results
 
 
-def _print(results: list[Result], out: Path, as_json: bool) -> None:
+def _print(results: list[Result], out: Path, as_json: bool, book: Book) -> None:
     from rich.console import Console
 
     from glm5_hal.conformance import report
     from glm5_hal.conformance.results import summary
+    from glm5_hal.conformance.waivers import counted
 
+    tallies = book.tally(results)
     if as_json:
-        typer.echo(json.dumps({**summary(results), "out": str(out)}, indent=2))
+        told = {**summary(results), "waivers": [asdict(t) for t in tallies], "out": str(out)}
+        typer.echo(json.dumps(told, indent=2))
         return
     console = Console()
     console.print(report.table(results))
@@ -92,8 +104,9 @@ def _print(results: list[Result], out: Path, as_json: bool) -> None:
         console.print(f"[red]{r.verdict}[/]  {r.kernel or r.backend}  ", end="")
         console.print(f"{r.case}  {r.detail}\n      {r.repro}", markup=False, highlight=False)
     evidence = ", ".join(sorted({f"{r.evidence} ({r.device})" for r in results}))
-    console.print(f"{report.verdict_line(results)}. Evidence: {evidence}", markup=False, highlight=False)
-    console.print(f"Written: {out / 'results.jsonl'}, {out / 'junit.xml'}", markup=False, highlight=False)
+    line = report.verdict_line(results, counted(tallies))
+    console.print(f"{line}. Evidence: {evidence}", markup=False, highlight=False)
+    console.print(f"Written: {out}, a bundle; open {out / 'report.html'}", markup=False, highlight=False)
 
 
 @app.command("list")
@@ -118,3 +131,6 @@ def list_cases(level: Level = "full", op: Ops = None, as_json: Json = False) -> 
         return
     for c in found:
         typer.echo(c.id)
+
+
+commands.register(app)

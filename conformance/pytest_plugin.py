@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from glm5_hal.conformance.cases import Case
     from glm5_hal.conformance.results import Result
     from glm5_hal.conformance.runner import Target
+    from glm5_hal.conformance.waivers import Book
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,21 +31,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @dataclass(frozen=True)
 class HalCase:
-    """One case on one kernel provider."""
+    """One case on one kernel provider, with the backend's waivers."""
 
     case: Case
     target: Target
     seed: int
+    book: Book
 
     def run(self) -> Result:
         """The result, whatever it is."""
         from glm5_hal.conformance import runner
 
-        return next(runner.run([self.case], [self.target], self.seed))
+        return self.book.judged(next(runner.run([self.case], [self.target], self.seed)))
 
     def check(self) -> None:
-        """Fail on a failing verdict, skip on UNSUPPORTED with the reason."""
+        """Fail on a failing verdict, skip on UNSUPPORTED with the reason, xfail on a failure that is waived."""
         result = self.run()
+        if result.verdict == "XFAIL":
+            pytest.xfail(f"waiver {result.waiver}: {result.detail}")
         if result.verdict in ("UNSUPPORTED", "NOT_RUN"):
             pytest.skip(f"{result.verdict} {result.code}: {result.detail}")
         if not result.ok:
@@ -54,14 +58,16 @@ class HalCase:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "hal_case" not in metafunc.fixturenames:
         return
-    from glm5_hal.conformance import cases, runner
+    from glm5_hal.conformance import cases, runner, waivers
     from glm5_hal.errors import HalError
 
     option = metafunc.config.getoption
     try:
         judged = runner.targets(option("--hal-backend"), option("--hal-device"))
+        facts = judged[0].facts
+        book = waivers.load(judged[0].backend, facts.name, facts.versions)
         found = list(cases.cases(option("--hal-level"), option("--hal-op") or ("*",)))
     except HalError as problem:
         raise pytest.UsageError(str(problem)) from None
-    pairs = [HalCase(c, t, option("--hal-seed")) for c in found for t in judged]
+    pairs = [HalCase(c, t, option("--hal-seed"), book) for c in found for t in judged]
     metafunc.parametrize("hal_case", pairs, ids=[f"{p.target.policy}-{p.case.id}" for p in pairs])

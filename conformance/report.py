@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
+#: The files of a bundle, `bundle/files.py`, which writes all but the first.
+BUNDLE = ("results.jsonl", "manifest.json", "waivers.toml", "junit.xml", "report.md", "report.html", "SHA256SUMS")
+
+
 @contextmanager
 def sink(folder: Path) -> Iterator[TextIO]:
     """``folder/results.jsonl``, begun afresh. Results go to a temporary name that is renamed at the end of the run, so
     an interrupted run never passes for a whole one, nor an earlier run for this one."""
     folder.mkdir(parents=True, exist_ok=True)
-    for earlier in ("results.jsonl", "junit.xml"):
+    for earlier in BUNDLE:
         (folder / earlier).unlink(missing_ok=True)
     partial = folder / "results.partial.jsonl"
     with partial.open("w", encoding="utf-8") as out:
@@ -48,14 +52,18 @@ def kernels_print_to_stderr() -> Iterator[None]:
             os.close(kept)
 
 
-def write_junit(results: Sequence[Result], path: Path) -> None:
-    """JUnit XML for CI systems: a case per test, UNSUPPORTED and NOT_RUN as skipped."""
+#: Verdicts that JUnit knows as skipped.
+SKIPPED = ("UNSUPPORTED", "NOT_RUN", "XFAIL")
+
+
+def junit(results: Sequence[Result]) -> str:
+    """JUnit XML for CI systems: a case per test, UNSUPPORTED and NOT_RUN as skipped, XFAIL too."""
     suite = ElementTree.Element(
         "testsuite",
         name="glm5-hal conformance",
         tests=str(len(results)),
         failures=str(sum(not r.ok for r in results)),
-        skipped=str(sum(r.verdict in ("UNSUPPORTED", "NOT_RUN") for r in results)),
+        skipped=str(sum(r.verdict in SKIPPED for r in results)),
         time=f"{sum(r.seconds for r in results):.3f}",
     )
     for r in results:
@@ -65,9 +73,11 @@ def write_junit(results: Sequence[Result], path: Path) -> None:
         if not r.ok:
             failure = ElementTree.SubElement(case, "failure", type=r.verdict, message=_printable(r.detail))
             failure.text = f"{_printable(r.detail)}\n{r.repro}"
-        elif r.verdict in ("UNSUPPORTED", "NOT_RUN"):
-            ElementTree.SubElement(case, "skipped", message=_printable(f"{r.code} {r.detail}"))
-    ElementTree.ElementTree(suite).write(path, encoding="unicode", xml_declaration=True)
+        elif r.verdict in SKIPPED:
+            waived = f"waived by {r.waiver}: " if r.waiver else ""
+            ElementTree.SubElement(case, "skipped", message=_printable(f"{waived}{r.code} {r.detail}"))
+    ElementTree.indent(suite, "")
+    return "<?xml version='1.0' encoding='utf-8'?>\n" + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
 def _printable(text: str) -> str:
@@ -111,20 +121,15 @@ def _grouped(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
 
 
 def _worst(group: Sequence[Result]) -> str:
-    ratios = [
-        r.errors[name] / r.budget[name]
-        for r in group
-        for name in r.errors.keys() & r.budget.keys()
-        if 0 < r.budget[name] < float("inf")
-    ]
+    ratios = [ratio for r in group if (ratio := r.worst[0]) and ratio < float("inf")]
     return f"{max(ratios):.0%}" if ratios else "exact"
 
 
-def verdict_line(results: Sequence[Result]) -> str:
-    """The run in one line."""
+def verdict_line(results: Sequence[Result], waivers: str = "") -> str:
+    """The run in one line, its waivers beside it."""
     count = Counter(r.verdict for r in results)
     parts = [f"{n} {verdict}" for verdict, n in count.most_common()]
-    return f"{len(results)} cases: {', '.join(parts) or 'none'}"
+    return f"{len(results)} cases: {', '.join(parts) or 'none'}" + (f"; {waivers}" if waivers else "")
 
 
 @contextmanager

@@ -39,6 +39,9 @@ class Result:
         errors, budget: measured errors and what they may be, by output and criterion.
         checks: every check's answer: "ok", "failed: ...", or "n/a: ...".
         inputs: sha256 of the inputs' bytes.
+        claims: the attributes that the kernel claims for this call, and is held to.
+        waiver: the waiver that makes this an XFAIL or an XPASS.
+        work: the call's floating-point operations and bytes ("flops", "bytes"), as its op declares them.
         seconds: the whole case; kernel_seconds: the judged run alone.
         repro: the command that runs this case again.
     """
@@ -62,11 +65,27 @@ class Result:
     inputs: str = ""
     seconds: float = 0.0
     kernel_seconds: float = 0.0
+    claims: Sequence[str] = ()
+    waiver: str = ""
+    work: Mapping[str, float] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @property
     def ok(self) -> bool:
         return VERDICTS[self.verdict]
+
+    @property
+    def worst(self) -> tuple[float | None, str]:
+        """The largest error as a share of its budget, and by which criterion; None where nothing was measured, or all
+        of it was demanded exactly, and is. Infinity where the budget is nothing and the error is not."""
+        ratio, criterion = None, ""
+        for name, error in self.errors.items():
+            allowed = self.budget.get(name, 0.0)
+            share = error / allowed if allowed else None if error == 0 else float("inf")
+            share = float("inf") if share is not None and share != share else share
+            if share is not None and (ratio is None or share > ratio):
+                ratio, criterion = share, name
+        return ratio, criterion
 
     def as_json(self) -> str:
         return json.dumps(_finite(asdict(self)), ensure_ascii=False, allow_nan=False)
@@ -83,7 +102,7 @@ def _finite(value: Any) -> Any:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The records of a ``results.jsonl``."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def succeeded(results: Sequence[Result]) -> bool:

@@ -246,6 +246,8 @@ def _checked(trial: Trial) -> dict[str, Any]:
         "budget": accuracy.budget,
         "checks": said,
         "kernel_seconds": trial.kernel_seconds,
+        "claims": sorted(trial.kernel.provides),
+        "work": trial.work,
     }
 
 

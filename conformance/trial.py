@@ -97,16 +97,31 @@ class Trial:
             for name, value in placed.items():
                 if isinstance(value, torch.Tensor):
                     value.copy_(self.inputs.args[name])
+        wait = waiting(self.device)
+        wait()
         start = time.perf_counter()
         returned = self.call(**placed)
+        wait()
         self.kernel_seconds = time.perf_counter() - start
         return placed, returned
+
+    @cached_property
+    def work(self) -> dict[str, float]:
+        """The call's floating-point operations and bytes, as the op declares them."""
+        cost = self.spec.cost({**self.axes, "itemsize": getattr(torch, self.case.dtype).itemsize})
+        return {"flops": float(cost.flops), "bytes": float(cost.bytes)}
 
     @cached_property
     def first(self) -> Run:
         """The run that is judged."""
         placed, returned = self.raw
         return self.bring_back(returned, placed)
+
+
+def waiting(device: str) -> Callable[[], None]:
+    """What waits until a device has done all that it was given."""
+    kind = device.split(":")[0]
+    return (lambda: None) if kind == "cpu" else getattr(torch, kind).synchronize
 
 
 #: How many bytes lie before and after every buffer, and what is in each of them and of a layout's gaps.

@@ -1,6 +1,7 @@
 """``glm5-hal``: what is installed, why a call goes where it goes, and the conformance suite.
 
-Exit codes: 0 ok, 1 failures, 2 usage, 3 device unavailable. Nothing heavy is imported until a command needs it.
+Exit codes: 0 ok, 1 failures, 2 usage, 3 device unavailable, 4 invalid bundle. Nothing heavy is
+imported until a command needs it.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def test_the_wheel_names_its_license_commands_and_plugins(wheel: Path) -> None:
     assert "glm5_hal = glm5_hal.conformance.pytest_plugin" in points
     assert f"Version: {glm5_hal.__version__}\n" in metadata
     requires = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
-    assert sorted(requires) == ["numpy", "packaging", "pluggy", "rich", "torch", "typer"]
+    assert sorted(requires) == ["jinja2", "numpy", "packaging", "pluggy", "rich", "torch", "typer"]
 
 
 @pytest.fixture(scope="module")
