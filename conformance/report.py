@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from glm5_hal.conformance.results import Result
@@ -17,19 +18,6 @@ from glm5_hal.conformance.results import Result
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress, TaskID
-
-
-@contextmanager
-def sink(folder: Path) -> Iterator[TextIO]:
-    """``folder/results.jsonl``, begun afresh. Results go to a temporary name that is renamed at the end of the run, so
-    an interrupted run never passes for a whole one, nor an earlier run for this one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for earlier in ("results.jsonl", "junit.xml"):
-        (folder / earlier).unlink(missing_ok=True)
-    partial = folder / "results.partial.jsonl"
-    with partial.open("w", encoding="utf-8") as out:
-        yield out
-    partial.replace(folder / "results.jsonl")
 
 
 @contextmanager
@@ -64,7 +52,7 @@ def write_junit(results: Sequence[Result], path: Path) -> None:
         )
         if not r.ok:
             failure = ElementTree.SubElement(case, "failure", type=r.verdict, message=_printable(r.detail))
-            failure.text = f"{_printable(r.detail)}\n{r.repro}"
+            failure.text = _printable("\n".join(filter(None, (r.detail, r.log, r.repro))))
         elif r.verdict in ("UNSUPPORTED", "NOT_RUN"):
             ElementTree.SubElement(case, "skipped", message=_printable(f"{r.code} {r.detail}"))
     ElementTree.ElementTree(suite).write(path, encoding="unicode", xml_declaration=True)
@@ -125,6 +113,32 @@ def verdict_line(results: Sequence[Result]) -> str:
     count = Counter(r.verdict for r in results)
     parts = [f"{n} {verdict}" for verdict, n in count.most_common()]
     return f"{len(results)} cases: {', '.join(parts) or 'none'}"
+
+
+#: Seconds between two lines of a run that is not watched on a terminal.
+EVERY = 30.0
+
+
+@contextmanager
+def shown(total: int, done: int = 0) -> Iterator[Callable[[str, int], None]]:
+    """Call the function with each result's case, and how many have failed so far: a live bar on stderr, or a plain line
+    now and then where stderr is no terminal."""
+    with progress(total, sys.stderr.isatty()) as bar:
+        if bar:
+            bar[0].update(bar[1], advance=done)
+        last, count = time.monotonic(), done
+
+        def note(case: str, failed: int) -> None:
+            nonlocal last, count
+            count += 1
+            if bar:
+                bar[0].update(bar[1], advance=1, description=f"{failed} failed  {case}")
+            elif time.monotonic() - last >= EVERY:
+                last = time.monotonic()
+                sys.stderr.write(f"{count} of {total} judged, {failed} failed; last {case}\n")
+                sys.stderr.flush()
+
+        yield note
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Result:
         inputs: sha256 of the inputs' bytes.
         seconds: the whole case; kernel_seconds: the judged run alone.
         repro: the command that runs this case again.
+        log: the last lines that its worker process printed, where that process did not survive the case.
     """
 
     case: str
@@ -62,6 +63,7 @@ class Result:
     inputs: str = ""
     seconds: float = 0.0
     kernel_seconds: float = 0.0
+    log: str = ""
     schema: int = SCHEMA
 
     @property
@@ -79,6 +81,21 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}
     return value
+
+
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+
+
+def from_record(record: Mapping[str, Any]) -> Result:
+    """The inverse of `Result.as_json`. Raises ValueError, TypeError or AttributeError for what is no such record."""
+    numbers = {k: {name: float(v) for name, v in record[k].items()} for k in ("errors", "budget") if k in record}
+    result = Result(**{**record, **numbers})
+    for each in fields(Result):
+        if not isinstance(getattr(result, each.name), _KINDS.get(str(each.type), (Mapping,))):
+            raise ValueError(f"{each.name} of a result is {getattr(result, each.name)!r:.80}")
+    if result.verdict not in VERDICTS:
+        raise ValueError(f"no verdict {result.verdict!r:.80}")
+    return result
 
 
 def read(path: Path) -> list[dict[str, Any]]:

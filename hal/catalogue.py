@@ -18,8 +18,9 @@ from glm5_hal.spec import OpSpec
 class Catalogue:
     """Thread-safe; `glm5_hal.resolve.Catalogue` is the part of it that resolution reads."""
 
-    def __init__(self, records: Sequence[PluginRecord] | None = None) -> None:
+    def __init__(self, records: Sequence[PluginRecord] | None = None, given: Sequence[str] = ()) -> None:
         self._lock = threading.RLock()
+        self._given = tuple(given)
         self._records = None if records is None else tuple(records)
         self._devices: dict[str, Device | Unavailable] = {}
         self._kernels: dict[str, tuple[Kernel, ...] | HalError] = {}
@@ -29,7 +30,7 @@ class Catalogue:
         if self._records is None:
             with self._lock:
                 if self._records is None:
-                    self._records = plugins.discover()
+                    self._records = plugins.discover(given=self._given)
         return self._records
 
     def record(self, name: str) -> PluginRecord:

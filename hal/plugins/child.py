@@ -40,7 +40,7 @@ def probe_in_subprocess(record: PluginRecord, deadline: float = PROBE_DEADLINE) 
     def broken(reason: str) -> Unavailable:
         return Unavailable(reason, hardware_fix(record), fault=True)
 
-    job = {name: getattr(record, name) for name in ("name", "value", "dist", "version", "builtin")}
+    job = {name: getattr(record, name) for name in ("name", "value", "dist", "version", "builtin", "given")}
     path = [entry for entry in sys.path if isinstance(entry, str)]
     until = time.time() + deadline - min(0.5, deadline / 4)
     boot = f"import sys; sys.path[:] = {path!r}; from {__name__} import answer; answer({job!r}, {until!r})"
@@ -71,7 +71,7 @@ def probe_in_subprocess(record: PluginRecord, deadline: float = PROBE_DEADLINE) 
     finally:
         _end(child)
     noise.join(GRACE)
-    found = _decoded(bytes(said))
+    found = _answered(bytes(said))
     if found is not None:
         return found
     where, words = _last_seen(heard.decode(errors="replace"), record)
@@ -94,24 +94,30 @@ def answer(job: dict[str, Any], until: float) -> None:
     if record.backend is None:
         found = Unavailable(f"the probe's process could not load the plugin: {record.reason}", record.fix, fault=True)
     with os.fdopen(channel, "wb") as pipe:
-        pipe.write(_encoded(found) + b"\n")
+        pipe.write(json.dumps(encoded(found)).encode() + b"\n")
     os._exit(0)
 
 
-def _encoded(found: Device | Unavailable) -> bytes:
+def encoded(found: Device | Unavailable) -> list[Any]:
+    """As JSON can hold it."""
     kind = Device if isinstance(found, Device) else Unavailable
     values = {field.name: getattr(found, field.name) for field in fields(kind)}
     if isinstance(found, Device):
         values |= {"features": sorted(found.features), "versions": dict(found.versions)}
-    return json.dumps([kind.__name__, values]).encode()
+    return [kind.__name__, values]
 
 
-def _decoded(line: bytes) -> Device | Unavailable | None:
+def decoded(found: Any) -> Device | Unavailable:
+    """The inverse of `encoded`. Raises ValueError, TypeError, KeyError or HalError for anything else."""
+    kind, values = found
+    if kind == "Device":
+        return Device(**(values | {"features": frozenset(values["features"])}))
+    return Unavailable(**values)
+
+
+def _answered(line: bytes) -> Device | Unavailable | None:
     try:
-        kind, values = json.loads(line)
-        if kind == "Device":
-            return Device(**(values | {"features": frozenset(values["features"])}))
-        return Unavailable(**values)
+        return decoded(json.loads(line))
     except (ValueError, TypeError, KeyError, HalError):
         return None
 

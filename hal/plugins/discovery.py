@@ -7,22 +7,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 
 from glm5_hal import hookspecs
+from glm5_hal.plugins.given import given_record
 from glm5_hal.plugins.isolation import told
 from glm5_hal.plugins.loading import LOAD_DEADLINE, load
 from glm5_hal.plugins.record import DISTRIBUTION, Defect, PluginRecord
 
 
 def discover(
-    entry_points: Iterable[metadata.EntryPoint] | None = None, *, deadline: float = LOAD_DEADLINE
+    entry_points: Iterable[metadata.EntryPoint] | None = None,
+    *,
+    given: Sequence[str] = (),
+    deadline: float = LOAD_DEADLINE,
 ) -> tuple[PluginRecord, ...]:
     """Load every backend plugin: built-in ones by name, then outside ones by priority (higher first) and name.
 
     Args:
         entry_points: what to load instead of what is installed.
+        given: paths or modules of further plugins, which no entry point names.
         deadline: seconds that each outside plugin has. They are loaded in a thread, which a plugin that hangs keeps.
     """
     found = _installed() if entry_points is None else (_unloaded(point, point.dist) for point in entry_points)
-    once = {(_canonical(record.dist), record.name, record.value): record for record in found}
+    once = {(_canonical(r.dist), r.name, r.value): r for r in (*found, *map(given_record, given))}
     loaded = [load(record, None if record.builtin else deadline) for record in once.values()]
     return tuple(sorted(_without_clashes(loaded), key=_order))
 
@@ -95,11 +100,11 @@ def _without_clashes(records: Sequence[PluginRecord]) -> Iterator[PluginRecord]:
         elif record.name in builtin:
             owner = builtin[record.name].origin
             reason = f"{record.name!r} is a built-in backend of {owner}, and {record.origin} offers it too"
-            fix = f"give the outside one a name of its own, or take it out: pip uninstall {record.dist}"
+            fix = f"give the outside one a name of its own, or take it out: {record.removal}"
             yield record.failed(Defect("BUILTIN_NAME", reason, fix, "refused"))
         elif len(rivals) > 1:
             who = " and ".join(sorted(f"{r.origin} ({r.value})" for r in rivals))
-            fix = "uninstall one of them: " + " or ".join(sorted({f"pip uninstall {r.dist}" for r in rivals}))
+            fix = "uninstall one of them: " + " or ".join(sorted({r.removal for r in rivals}))
             reason = f"backend {record.name!r} is offered by {who}; neither is used"
             yield record.failed(Defect("DUPLICATE", reason, fix, "refused"))
         else:
