@@ -24,8 +24,11 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 GRACE = 1.0
 
 
-def guard(channel: int, lifeline: int, report: int, job: dict[str, Any]) -> None:
-    """The first process's whole life: fork the worker (which reads ``channel``), wait for its end, report it."""
+def guard(channel: int, lifeline: int, report: int, serve: str, job: dict[str, Any]) -> None:
+    """The first process's whole life: fork the worker, wait for its end, report it.
+
+    ``serve`` is "module:function", which the worker calls with ``channel`` and ``job``.
+    """
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what the worker leaves behind becomes ours
     guardian = os.getpid()
     pid = os.fork()
@@ -36,7 +39,7 @@ def guard(channel: int, lifeline: int, report: int, job: dict[str, Any]) -> None
         os.close(report)
         if os.getppid() != guardian:
             os._exit(1)
-        _work(channel, job)
+        _work(channel, serve, job)
     os.close(channel)
     with suppress(OSError):
         os.write(report, f"{pid}\n".encode())
@@ -53,15 +56,15 @@ def guard(channel: int, lifeline: int, report: int, job: dict[str, Any]) -> None
     os._exit(0)
 
 
-def _work(channel: int, job: dict[str, Any]) -> None:
+def _work(channel: int, serve: str, job: dict[str, Any]) -> None:
     """The worker's whole life. It ends without any library's farewell."""
+    import importlib
     import traceback
 
     code = 1
     try:
-        from glm5_hal.conformance import worker
-
-        worker.serve(channel, job)
+        module, _, function = serve.partition(":")
+        getattr(importlib.import_module(module), function)(channel, job)
         code = 0
     except BaseException:  # noqa: BLE001 - nothing of the worker may return into the guardian's code
         with suppress(Exception):

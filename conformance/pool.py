@@ -17,7 +17,7 @@ from typing import Any
 
 from glm5_hal.backend import Device
 from glm5_hal.conformance.cases import Case
-from glm5_hal.conformance.process import Ending, Process, memory, place
+from glm5_hal.conformance.process import SERVE, Ending, Process, memory, place
 from glm5_hal.conformance.results import Result, from_record
 from glm5_hal.conformance.runner import Target, fields_of
 from glm5_hal.errors import HalError
@@ -103,8 +103,8 @@ class _Slot:
 class Pool:
     """Workers, for the length of a `with` block. What they are judging when it is left is not judged."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, serve: str = SERVE) -> None:
+        self.plan, self._serve = plan, serve
         self.identity: Mapping[str, Any] = {}
         self._slots = [_Slot(plan.job(place)) for place in range(plan.count)]
         self._selector = selectors.DefaultSelector()
@@ -142,7 +142,7 @@ class Pool:
     # --- one worker's life -------------------------------------------------------------------------------------------
 
     def _start(self, slot: _Slot) -> None:
-        slot.process = Process(slot.job)
+        slot.process = Process(slot.job, self._serve)
         slot.targets, slot.begun, slot.policy = {}, [], ""
         slot.deadline = time.monotonic() + START
         slot.fds = slot.process.fds
@@ -201,7 +201,7 @@ class Pool:
         if "refused" in message:
             no = message["refused"]
             raise HalError(no["code"], no["what"], value=no["value"], fix=no["fix"])
-        if "hello" in message:
+        if "hello" in message and not slot.targets:
             slot.targets = self._greeted(message)
         elif task is None:
             raise ValueError(f"{sorted(message)} unasked")
@@ -213,7 +213,9 @@ class Pool:
             result, sound = from_record(message["result"]), message["sound"] is True
             if (result.case, result.backend) != (task.case.id, slot.policy):
                 raise ValueError(f"a result of {result.case!r} on {result.backend!r}")
-            if sound or len(slot.begun) == 1:
+            if result.verdict == "UNSUPPORTED":  # it has not run
+                slot.begun.pop()
+            if sound or len(slot.begun) <= 1:
                 yield self._settled(slot, result)
             else:
                 slot.task = replace(task, before=f"{result.verdict} ({result.detail})" + self._company(slot))
@@ -271,9 +273,9 @@ class Pool:
         before = slot.task.before
         slot.task = replace(slot.task, policies=tuple(p for p in slot.task.policies if p != slot.policy), before="")
         slot.policy = ""
-        if not before:
+        if before.split(" ")[0] in ("", result.verdict):
             return result
-        return replace(result, checks={**result.checks, "alone": f"n/a: before, {before}"})
+        return replace(result, checks={**result.checks, "alone": f"n/a: it gave {before}"})
 
     def _requeue(self, slot: _Slot) -> None:
         """What is left of a task is the first that the next worker gets, its unlucky kernel first."""
@@ -286,7 +288,7 @@ class Pool:
     @staticmethod
     def _company(slot: _Slot) -> str:
         others = slot.begun[:-1] if slot.policy else slot.begun
-        return f" in a process in which {len(others)} kernels had run, the last of them {others[-1]}"
+        return f" in a process where another kernel had run ({len(others)} in all, the last {others[-1]})"
 
     def _not_started(self, ending: Ending) -> None:
         """Try again, a few times; but a worker that never was is the backend's fault, and says so at once."""

@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm5_hal.conformance.wire import Channel, Garbage
+from glm5_hal.conformance.wire import Channel
 
 #: Seconds that a killed worker has to be gone. One that sits in a driver call cannot be killed: it is left behind.
 GRACE = 5.0
 
 #: How much of what a worker prints is kept, in bytes, and how much of it a result shows, in lines.
 LOG_BYTES, LOG_LINES = 65536, 30
+
+#: What a worker runs, as module:function.
+SERVE = "glm5_hal.conformance.worker:serve"
 
 _NO_MEMORY = re.compile(r"std::bad_alloc|MemoryError|[Oo]ut of memory|[Cc]annot allocate memory")
 
@@ -73,15 +76,27 @@ class Ending:
 
 
 def place(log: str) -> str:
-    """``, at file:line`` of the innermost Python frame of a fault handler's dump, or nothing."""
-    frame = re.search(r'^  File "(.+)", line (\d+) in ', log, re.MULTILINE)
-    return f", at {frame[1]}:{frame[2]}" if frame else ""
+    """``, at file:line`` of the innermost frame of a fault handler's dump that is not Python's own, or nothing."""
+    frames = re.findall(r'^  File "(.+)", line (\d+) in ', log, re.MULTILINE)
+    library = os.path.dirname(os.__file__)
+    own = [f for f in frames if not f[0].startswith(library) or "-packages" in f[0]] or frames
+    return f", at {own[0][0]}:{own[0][1]}" if own else ""
+
+
+def tidied(text: str) -> str:
+    """The last lines, without the suite's own frames in a fault handler's dump."""
+    lines, ours = [], False
+    for line in text.splitlines():
+        ours = line.startswith('  File "') and (ours or line.startswith('  File "<glm5_hal op'))
+        if line.strip() and not ours and not line.startswith("Extension modules: "):
+            lines.append(line)
+    return "\n".join(lines[-LOG_LINES:])
 
 
 class Process:
     """A guardian and its worker (`glm5_hal.conformance.guardian`), and our ends of their pipes."""
 
-    def __init__(self, job: Mapping[str, Any]) -> None:
+    def __init__(self, job: Mapping[str, Any], serve: str = SERVE) -> None:
         self._marker = f"\x1e{secrets.token_hex(8)}"
         ours, theirs = socket.socketpair()
         life_end, self._lifeline = os.pipe()
@@ -90,7 +105,7 @@ class Process:
         path = [entry for entry in sys.path if isinstance(entry, str)]
         fds = theirs.fileno(), life_end, report_end
         boot = f"import sys; sys.path[:] = {path!r}; from glm5_hal.conformance.guardian import guard; "
-        boot += f"guard(*{fds!r}, {dict(job, marker=self._marker)!r})"
+        boot += f"guard(*{fds!r}, {serve!r}, {dict(job, marker=self._marker)!r})"
         self._kills = oom_kills()
         self.guardian = subprocess.Popen(
             [sys.executable, "-u", "-c", boot],
@@ -119,11 +134,9 @@ class Process:
     def look(self) -> tuple[list[dict[str, Any]], Ending | None]:
         """What it has said since, and its end if that has come."""
         self._hear()
-        messages: list[dict[str, Any]] = []
-        try:
-            messages, is_open = self.channel.waiting()
-        except Garbage as problem:
-            return [], self.end(f"the worker sent {problem}")
+        messages, is_open, garbage = self.channel.waiting()
+        if garbage:
+            return messages, self.end(f"the worker sent {garbage}")
         said = self._reported()
         if said is None and not is_open:
             # Nobody but its end should close the channel; the report of that end comes a moment later.
@@ -166,8 +179,7 @@ class Process:
 
     def log(self) -> str:
         """The last lines since the kernel in hand was begun."""
-        text = self._log.decode(errors="replace").rpartition(f"{self._marker}\n")[2]
-        return "\n".join(text.strip().splitlines()[-LOG_LINES:])
+        return tidied(self._log.decode(errors="replace").rpartition(f"{self._marker}\n")[2])
 
     def _hear(self) -> None:
         with suppress(BlockingIOError):

@@ -47,8 +47,8 @@ class Channel:
             self._read += chunk
         return message
 
-    def waiting(self) -> tuple[list[dict[str, Any]], bool]:
-        """What has come so far without waiting, and whether the stream is still open. Raises Garbage."""
+    def waiting(self) -> tuple[list[dict[str, Any]], bool, str]:
+        """What has come so far without waiting, whether the stream is still open, and what came that is no message."""
         is_open = True
         with suppress(BlockingIOError):
             for _ in range(64):  # a worker that floods us must not hold us
@@ -58,9 +58,12 @@ class Channel:
                     break
                 self._read += chunk
         messages = []
-        while (message := self._next()) is not None:
-            messages.append(message)
-        return messages, is_open
+        try:
+            while (message := self._next()) is not None:
+                messages.append(message)
+        except Garbage as problem:
+            return messages, is_open, str(problem)
+        return messages, is_open, ""
 
     def _arrived(self) -> bytes:
         try:
@@ -80,7 +83,7 @@ class Channel:
         del self._read[: HEAD.size + length]
         try:
             message = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Garbage("a frame that is no JSON: " + repr(body[:40])) from None
         if not isinstance(message, dict):
             raise Garbage("a message that is no object: " + repr(body[:40]))
