@@ -132,6 +132,12 @@ def test_a_poisoned_worker_is_replaced_and_its_next_case_not_blamed() -> None:
     assert {r.verdict for r in found.values()} == {"PASS"}
 
 
+def test_a_case_that_fails_on_a_device_that_another_has_lost_is_judged_in_a_fresh_worker() -> None:
+    found = by_key(judged({f"{ONE} {A}": "poison the next", f"{TWO} {A}": "pause"}))
+    assert {r.verdict for r in found.values()} == {"PASS"}
+    assert found[f"{TWO} {A}"].checks["alone"].startswith("n/a: it gave FAIL (device lost)")
+
+
 def test_what_fails_in_a_used_worker_alone_is_told_and_not_blamed() -> None:
     """TWO starts a thread that aborts a little later, while THREE is judged: which alone does nothing wrong."""
     found = by_key(judged({f"{TWO} {B}": "abort later", f"{THREE} {A}": "pause"}, timeout=20.0))

@@ -150,6 +150,7 @@ DEEDS: dict[str, Callable[[Stage], Any]] = {
     "a number that is none": lambda stage: {"seconds": "soon"},
     "a message unasked": lambda stage: stage.channel.send({"done": "nothing"}),
     "poison": poison,
+    "poison the next": lambda stage: threading.Timer(0.2, poison, [stage]).start(),
     "leave children": leave,
     "fork and return": fork_and_return,
     "shout": shout,
