@@ -108,6 +108,14 @@ def _line(file: str, text: str) -> int:
     return next(number for number, line in enumerate(lines, 1) if text in line)
 
 
+def test_a_plugin_that_kills_whoever_imports_it_is_a_device_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "fatal.py").write_text("import os\nos.abort()\n", encoding="utf-8")
+    done = hal("--plugin", str(tmp_path / "fatal.py"), "--out", str(tmp_path / "out"))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "cannot be started: the process ended with SIGABRT" in done.stderr
+    assert str(tmp_path / "fatal.py") in done.stderr
+
+
 def test_in_this_process_a_crash_is_the_debuggers_and_what_was_judged_is_kept(plugin: str, tmp_path: Path) -> None:
     cases = ("--case", "topk_indices[float32-one]", "--case", "rms_norm[float32-tokens]")
     done = hal("--plugin", plugin, *cases, "--in-process", "--out", str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -86,6 +87,13 @@ def test_an_end_is_its_cases_verdict_and_nobody_elses(deed: str) -> None:
     assert ended.repro.endswith(f"--backend {A} --case '{TWO}' --seed 0")
     assert {r.verdict for r in found.values()} == {"PASS"}
     assert len(found) == 5
+
+
+def test_a_kill_that_the_operating_system_owns_up_to_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = itertools.count()
+    monkeypatch.setattr("glm5_hal.conformance.process.oom_kills", lambda: next(counts))
+    found = by_key(judged({f"{TWO} {A}": "kill itself"}))
+    assert (found[f"{TWO} {A}"].verdict, found[f"{TWO} {A}"].code) == ("OOM", "SIGKILL")
 
 
 def test_the_last_lines_of_the_case_are_kept_and_no_other_cases() -> None:

@@ -59,7 +59,7 @@ def lose_device(**args: Any) -> None:
 
 
 def nap(**args: Any) -> None:
-    time.sleep(0.02)
+    time.sleep(0.005)
 
 
 DEEDS: dict[str, Callable[..., None]] = {
