@@ -29,7 +29,7 @@ TIMEOUTS = {"smoke": 60.0, "standard": 300.0, "full": 1800.0}
 #: Seconds that a worker may take to start: torch, the plugin, its probe and its kernels.
 START = 180.0
 
-#: The suite's own work on a case, its inputs and its oracle, may take this many times as long as a kernel.
+#: The suite's own work on a case, its inputs and its oracle, may take this many times as long as a kernel by default.
 PREPARING = 10
 
 #: A worker that cannot be started this often in a row will not be.
@@ -78,11 +78,22 @@ class Plan:
 @dataclass(frozen=True)
 class Task:
     """A case, and the policies of the kernels that it still has to be judged on. ``before`` says how the first of them
-    ended in a used worker."""
+    ended in a used worker, ``company`` what had run there."""
 
     case: Case
     policies: tuple[str, ...]
     before: str = ""
+    company: tuple[tuple[Case, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Incident:
+    """A case that failed after others (``company``, the last of them last) and not alone. ``before`` says how."""
+
+    case: Case
+    policy: str
+    before: str
+    company: tuple[tuple[Case, str], ...]
 
 
 @dataclass
@@ -95,7 +106,7 @@ class _Slot:
     own: deque[Task] = field(default_factory=deque)
     task: Task | None = None
     policy: str = ""
-    begun: list[str] = field(default_factory=list)
+    begun: list[tuple[Case, str]] = field(default_factory=list)
     deadline: float = 0.0
     fds: tuple[int, ...] = ()
 
@@ -106,6 +117,7 @@ class Pool:
     def __init__(self, plan: Plan, serve: str = SERVE) -> None:
         self.plan, self._serve = plan, serve
         self.identity: Mapping[str, Any] = {}
+        self.incidents: list[Incident] = []
         self._slots = [_Slot(plan.job(place)) for place in range(plan.count)]
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
@@ -163,7 +175,7 @@ class Pool:
             return
         slot.task, slot.policy = (slot.own or waiting).popleft(), ""
         seconds = self._seconds(slot.task.case)
-        slot.deadline = time.monotonic() + PREPARING * seconds
+        slot.deadline = time.monotonic() + PREPARING * max(seconds, TIMEOUTS[slot.task.case.sample.level])
         order = {"case": slot.task.case.id, "policies": slot.task.policies, "seed": self.plan.seed}
         slot.process.send({**order, "dump_after": max(0.8 * seconds, seconds - 2)})
 
@@ -207,7 +219,7 @@ class Pool:
             raise ValueError(f"{sorted(message)} unasked")
         elif "begin" in message:
             slot.policy = task.policies[task.policies.index(message["begin"])]
-            slot.begun.append(f"{task.case.id} on {slot.policy}")
+            slot.begun.append((task.case, slot.policy))
             slot.deadline = time.monotonic() + self._seconds(task.case)
         elif "result" in message:
             result, sound = from_record(message["result"]), message["sound"] is True
@@ -218,7 +230,7 @@ class Pool:
             if sound or len(slot.begun) <= 1:
                 yield self._settled(slot, result)
             else:
-                slot.task = replace(task, before=f"{result.verdict} ({result.detail})" + self._company(slot))
+                slot.task = self._again(slot, task, f"{result.verdict} ({result.detail})")
             if not sound:  # it computes nothing any more that could be believed
                 process.end()
                 self._forget(slot)
@@ -253,7 +265,7 @@ class Pool:
         if ending.late:
             verdict, code, detail = "HANG", "TIMEOUT", f"did not end within {seconds:g} s{place(ending.log)}"
         if used:
-            slot.task = replace(task, before=f"{verdict} ({detail})" + self._company(slot))
+            slot.task = self._again(slot, task, f"{verdict} ({detail})")
         elif slot.policy:
             fields = fields_of(task.case, self._targets[slot.policy], self.plan.seed)
             fields |= {"verdict": verdict, "code": code, "detail": detail, "log": ending.log}
@@ -270,12 +282,14 @@ class Pool:
     def _settled(self, slot: _Slot, result: Result) -> Result:
         """A result that stands; its kernel is done with."""
         assert slot.task is not None
-        before = slot.task.before
-        slot.task = replace(slot.task, policies=tuple(p for p in slot.task.policies if p != slot.policy), before="")
-        slot.policy = ""
-        if before.split(" ")[0] in ("", result.verdict):
+        was, left = slot.task, tuple(p for p in slot.task.policies if p != slot.policy)
+        slot.task, slot.policy = replace(was, policies=left, before="", company=()), ""
+        if was.before.split(" ")[0] in ("", result.verdict):
             return result
-        return replace(result, checks={**result.checks, "alone": f"n/a: it gave {before}"})
+        self.incidents.append(Incident(was.case, result.backend, was.before, was.company))
+        last, policy = was.company[-1]
+        said = f"n/a: it gave {was.before} after {len(was.company)} other kernels, the last {last.id} on {policy}"
+        return replace(result, checks={**result.checks, "alone": said})
 
     def _requeue(self, slot: _Slot) -> None:
         """What is left of a task is the first that the next worker gets, its unlucky kernel first."""
@@ -286,9 +300,9 @@ class Pool:
         slot.policy = ""
 
     @staticmethod
-    def _company(slot: _Slot) -> str:
-        others = slot.begun[:-1] if slot.policy else slot.begun
-        return f" in a process where another kernel had run ({len(others)} in all, the last {others[-1]})"
+    def _again(slot: _Slot, task: Task, before: str) -> Task:
+        company = tuple(slot.begun[:-1] if slot.policy else slot.begun)
+        return replace(task, before=before, company=company)
 
     def _not_started(self, ending: Ending) -> None:
         """Try again, a few times; but a worker that never was is the backend's fault, and says so at once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ def run(wanted: Session) -> list[Result]:
 
 
 def _in_workers(wanted: Session) -> list[Result]:
+    from glm5_hal.conformance.aftermath import culprits
     from glm5_hal.conformance.pool import Plan, Pool, Task
 
     plan = Plan(
@@ -67,7 +68,7 @@ def _in_workers(wanted: Session) -> list[Result]:
             policies = [t.policy for t in judged]
             todo = [(c, tuple(p for p in policies if (c.id, p) not in journal.results)) for c in chosen]
             results = pool.run([Task(c, left) for c, left in todo if left])
-            return _kept(journal, keys, results)
+            return _kept(journal, keys, results, lambda: culprits(plan, pool.incidents, journal.results))
 
 
 def _in_process(wanted: Session) -> list[Result]:
@@ -119,8 +120,14 @@ def _journal(
         yield opened, [(case.id, policy) for case in chosen for policy in policies]
 
 
-def _kept(journal: Journal, keys: list[Key], results: Iterator[Result]) -> list[Result]:
-    """Results into the journal as they come; then the whole, in order, and what derives from it."""
+def _kept(
+    journal: Journal,
+    keys: list[Key],
+    results: Iterator[Result],
+    corrections: Callable[[], Iterable[Result]] = tuple,
+) -> list[Result]:
+    """Results into the journal as they come, and then what replaces some of them; at last the whole, in order, and what
+    derives from it."""
     from glm5_hal.conformance import report
     from glm5_hal.conformance.journal import writable
 
@@ -130,6 +137,8 @@ def _kept(journal: Journal, keys: list[Key], results: Iterator[Result]) -> list[
             journal.add(result)
             failed += not result.ok
             note(result.case, failed)
+    for result in corrections():
+        journal.add(result)
     ordered = journal.finish(keys)
     with writable(journal.folder):
         report.write_junit(ordered, journal.folder / "junit.xml")

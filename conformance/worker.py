@@ -113,8 +113,9 @@ class _Outputs:
 
 
 def _sound(result: Result, device: str) -> bool:
-    """Whether this process can be trusted with another case: its device still computes, and its memory is its own."""
-    if result.verdict in ("OOM", "CRASH") or "AcceleratorError" in result.detail:
+    """Whether this process can be trusted with another case: its device computes, and there is memory for it. An ERROR
+    of the suite itself may come of what a kernel did before."""
+    if result.verdict in ("OOM", "CRASH", "ERROR") or "AcceleratorError" in result.detail:
         return False
     try:
         return torch.zeros(1, device=device).add_(1).item() == 1

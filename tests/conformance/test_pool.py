@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import scripted
 
+from glm5_hal.conformance.aftermath import culprits
 from glm5_hal.conformance.cases import find
 from glm5_hal.conformance.pool import Plan, Pool, Task
 from glm5_hal.conformance.results import Result
@@ -24,6 +25,16 @@ from glm5_hal.errors import HalError
 IDS = [f"rms_norm[{dtype}-{sample}]" for sample in ("tokens", "one") for dtype in ("float32", "bfloat16", "float16")]
 ONE, TWO, THREE = IDS[:3]
 A, B = "scripted:a", "scripted:b"
+
+
+def pooled(script: Mapping[str, Any], ids: list[str]) -> tuple[dict[str, Result], list[Result]]:
+    """What the pool says, and what is corrected afterwards."""
+    plan = Plan("scripted", json.dumps(script), timeout=20.0, memory=0.0)
+    with Pool(plan, scripted.SERVE) as pool:
+        policies = tuple(t.policy for t in pool.targets())
+        results = list(pool.run([Task(case, policies) for case in find(ids)]))
+    known = {(r.case, r.backend): r for r in results}
+    return by_key(results), list(culprits(plan, pool.incidents, known, scripted.SERVE))
 
 
 def judged(script: Mapping[str, Any], ids: list[str] = IDS[:3], **plan: Any) -> list[Result]:
@@ -151,8 +162,35 @@ def test_what_fails_in_a_used_worker_alone_is_told_and_not_blamed() -> None:
     found = by_key(judged({f"{TWO} {B}": "abort later", f"{THREE} {A}": "pause"}, timeout=20.0))
     assert {r.verdict for r in found.values()} == {"PASS"}
     told = found[f"{THREE} {A}"].checks["alone"]
-    assert told.startswith("n/a: it gave CRASH (the process ended with SIGABRT)")
-    assert f"the last {TWO} on {B}" in told
+    assert told.startswith("n/a: it gave CRASH (the process ended with SIGABRT) after 4 other kernels")
+    assert told.endswith(f"the last {TWO} on {B}")
+
+
+def test_a_kernel_that_damages_its_process_and_passes_is_found_out() -> None:
+    """TWO passes and spoils the heap; THREE is the first to allocate from it, and dies of it only after TWO."""
+    found, corrected = pooled({f"{TWO} {A}": "spoil the heap", f"{THREE} {A}": "allocate"}, IDS[:4])
+    assert {r.verdict for r in found.values()} == {"PASS"}
+    (culprit,) = corrected
+    assert (culprit.case, culprit.backend) == (TWO, A)
+    assert (culprit.verdict, culprit.code, culprit.ok) == ("CRASH", "AFTERMATH", False)
+    assert culprit.detail == (
+        f"its process is damaged: {THREE} on {A}, judged next, gave CRASH (the process ended with SIGABRT); "
+        "alone it does not"
+    )
+
+
+def test_what_is_known_to_be_wrong_is_not_suspected_again() -> None:
+    _, corrected = pooled({f"{TWO} {B}": "fail and spoil", f"{THREE} {A}": "allocate"}, IDS[:3])
+    assert corrected == []
+
+
+def test_who_has_done_nothing_is_not_convicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It dies once and never again: nobody's verdict, but it is told."""
+    monkeypatch.setenv("ABORTED_ONCE", str(tmp_path / "once"))
+    found, corrected = pooled({f"{THREE} {A}": "abort once"}, IDS[:3])
+    assert {r.verdict for r in found.values()} == {"PASS"}
+    assert "alone" in found[f"{THREE} {A}"].checks
+    assert corrected == []
 
 
 def test_a_death_between_cases_is_nobodys_verdict() -> None:

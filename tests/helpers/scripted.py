@@ -27,7 +27,7 @@ class Stage:
     """What a deed may touch."""
 
     def __init__(self, channel: Channel, job: dict[str, Any]) -> None:
-        self.channel, self.job, self.poisoned, self.judged = channel, job, False, 0
+        self.channel, self.job, self.poisoned, self.spoilt, self.judged = channel, job, False, False, 0
 
 
 def serve(fd: int, job: dict[str, Any]) -> None:
@@ -126,6 +126,23 @@ def shout(stage: Stage) -> None:
     sys.stdout.buffer.flush()
 
 
+def spoil(stage: Stage) -> None:
+    stage.spoilt = True
+
+
+def allocate(stage: Stage) -> None:
+    if stage.spoilt:
+        os.abort()
+
+
+def abort_once(stage: Stage) -> None:
+    """The first time on this machine."""
+    flag = Path(os.environ["ABORTED_ONCE"])
+    if not flag.exists():
+        flag.touch()
+        os.abort()
+
+
 DEEDS: dict[str, Callable[[Stage], Any]] = {
     "pass": lambda stage: None,
     "fail": lambda stage: {"verdict": "FAIL", "code": "accuracy", "detail": "wrong"},
@@ -154,6 +171,10 @@ DEEDS: dict[str, Callable[[Stage], Any]] = {
     "leave children": leave,
     "fork and return": fork_and_return,
     "shout": shout,
+    "spoil the heap": spoil,
+    "fail and spoil": lambda stage: spoil(stage) or {"verdict": "FAIL", "code": "accuracy"},
+    "allocate": allocate,
+    "abort once": abort_once,
     "pause": lambda stage: time.sleep(1.0),
     "exit 0 once": exit_once,
     "leave children and hang": leave_and_hang,
