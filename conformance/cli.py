@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,9 +13,7 @@ import typer
 from glm5_hal.conformance.bundle import commands
 
 if TYPE_CHECKING:
-    from glm5_hal.conformance.cases import Case
     from glm5_hal.conformance.results import Result
-    from glm5_hal.conformance.runner import Target
     from glm5_hal.conformance.waivers import Book
 
 app = typer.Typer(no_args_is_help=True, help="Judge a backend's kernels against the float64 oracle.")
@@ -28,62 +26,69 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 @app.command()
 def run(
     backend: Annotated[
-        str, typer.Option(help="B or B:provider. B alone judges every provider of the backend.")
-    ] = "cpu",
+        str | None, typer.Option(help="B or B:provider. B alone judges every provider of the backend. [default: cpu]")
+    ] = None,
+    plugin: Annotated[
+        str | None,
+        typer.Option(help="Judge a backend that is not installed: a .py file, a package's folder, or a module."),
+    ] = None,
     level: Level = "smoke",
     op: Ops = None,
     case: Annotated[list[str] | None, typer.Option(help="Only this case, whatever its level. May be repeated.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device to run on, as torch names it (cuda:1).")] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(help="Device to run on, as torch names it (cuda:1). Repeat it to use several.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the inputs; a customer may choose a fresh one.", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the bundle.")] = Path("conformance-out"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in OUT.")] = False,
+    workers: Annotated[
+        int, typer.Option(help="Worker processes that share the cases. [default: one per device]", min=0)
+    ] = 0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds that a case may take. [default: smoke 60, standard 300, full 1800]", min=0.1),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="GiB that a worker may use beside what it starts with; 0 is no limit. CPU only.", min=0),
+    ] = None,
+    in_process: Annotated[bool, typer.Option("--in-process", help="No workers: for a debugger.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run the cases and write a bundle to OUT: results.jsonl, what derives from it, and what a verifier needs.
 
+    Each case runs in a worker process, so that a crash, a hang or exhausted memory ends that case alone. A run that was
+    interrupted goes on with --resume.
+
     Exit codes: 0 all passed (UNSUPPORTED is not a failure, but something must pass), 1 a case failed, 2 usage, 3 the
-    device is not available.
+    device is not available, 130 interrupted.
     """
-    from glm5_hal.conformance import cases as all_cases
-    from glm5_hal.conformance import runner, waivers
-    from glm5_hal.conformance.bundle import files
-    from glm5_hal.conformance.bundle.manifest import Selection, now
+    from glm5_hal.conformance import session
     from glm5_hal.conformance.results import succeeded
 
-    judged = runner.targets(backend, device)
-    chosen = all_cases.find(case) if case else list(all_cases.cases(level, op or ("*",)))
-    book = waivers.load(judged[0].backend, judged[0].facts.name, judged[0].facts.versions)
-    started = now()
-    results = _run(chosen, judged, seed, out, book, show=not as_json)
-    selection = Selection(level, tuple(op or ("*",)), tuple(case or ()), tuple(t.policy for t in judged), seed)
-    files.write(out, results, selection, [c.id for c in chosen], judged, book, started)
-    _print(results, out, as_json, book)
-    raise typer.Exit(0 if succeeded(results) else 1)
-
-
-def _run(chosen: list[Case], judged: list[Target], seed: int, out: Path, book: Book, *, show: bool) -> list[Result]:
-    import torch
-
-    from glm5_hal.conformance import report, runner
-    from glm5_hal.errors import HalError
-
-    if all(c.sample.level == "smoke" for c in chosen):
-        torch.set_num_threads(1)  # tiny tensors gain nothing from threads, and stall in them on a busy machine
-    results = []
+    wanted = session.Session(
+        backend=backend or ("" if plugin else "cpu"),
+        plugin=plugin or "",
+        level=level,
+        ops=tuple(op or ("*",)),
+        cases=tuple(case or ()),
+        devices=tuple(device or (None,)),
+        seed=seed,
+        out=out,
+        resume=resume,
+        workers=workers,
+        timeout=timeout,
+        memory=memory,
+        in_process=in_process,
+    )
     try:
-        total, visible = len(chosen) * len(judged), show and sys.stderr.isatty()
-        with report.sink(out) as lines, report.progress(total, visible) as bar, report.kernels_print_to_stderr():
-            for result in map(book.judged, runner.run(chosen, judged, seed)):
-                lines.write(result.as_json() + "\n")
-                lines.flush()
-                results.append(result)
-                if bar:
-                    failed = sum(not r.ok for r in results)
-                    bar[0].update(bar[1], advance=1, description=f"{failed} failed  {result.case}")
-    except OSError as problem:
-        raise HalError(
-            "CONFIG", f"cannot write to {out}: {problem}", value=str(out), fix="choose another --out"
-        ) from None
-    return results
+        with session.terminable():
+            done = session.run(wanted)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; the same command with --resume goes on (what is judged is kept in {out})", err=True)
+        raise typer.Exit(130) from None
+    _print(done.results, out, as_json, done.book)
+    raise typer.Exit(0 if succeeded(done.results) else 1)
 
 
 def _print(results: list[Result], out: Path, as_json: bool, book: Book) -> None:
@@ -103,6 +108,11 @@ def _print(results: list[Result], out: Path, as_json: bool, book: Book) -> None:
     for r in (r for r in results if not r.ok):
         console.print(f"[red]{r.verdict}[/]  {r.kernel or r.backend}  ", end="")
         console.print(f"{r.case}  {r.detail}\n      {r.repro}", markup=False, highlight=False)
+        if r.log:
+            console.print(textwrap.indent(r.log, "      | "), markup=False, highlight=False)
+    for r in (r for r in results if r.remark):
+        said = f"{r.verdict}  {r.kernel or r.backend}  {r.case}  alone; {r.remark}"
+        console.print(said, markup=False, highlight=False)
     evidence = ", ".join(sorted({f"{r.evidence} ({r.device})" for r in results}))
     line = report.verdict_line(results, counted(tallies))
     console.print(f"{line}. Evidence: {evidence}", markup=False, highlight=False)

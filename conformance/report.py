@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from glm5_hal.conformance.results import Result
@@ -19,21 +19,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
+#: What says to `--resume` which run a folder holds. No part of the bundle.
+RUN = "run.json"
+
 #: The files of a bundle, `bundle/files.py`, which writes all but the first.
 BUNDLE = ("results.jsonl", "manifest.json", "waivers.toml", "junit.xml", "report.md", "report.html", "SHA256SUMS")
-
-
-@contextmanager
-def sink(folder: Path) -> Iterator[TextIO]:
-    """``folder/results.jsonl``, begun afresh. Results go to a temporary name that is renamed at the end of the run, so
-    an interrupted run never passes for a whole one, nor an earlier run for this one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for earlier in BUNDLE:
-        (folder / earlier).unlink(missing_ok=True)
-    partial = folder / "results.partial.jsonl"
-    with partial.open("w", encoding="utf-8") as out:
-        yield out
-    partial.replace(folder / "results.jsonl")
 
 
 @contextmanager
@@ -72,7 +62,7 @@ def junit(results: Sequence[Result]) -> str:
         )
         if not r.ok:
             failure = ElementTree.SubElement(case, "failure", type=r.verdict, message=_printable(r.detail))
-            failure.text = f"{_printable(r.detail)}\n{r.repro}"
+            failure.text = _printable("\n".join(filter(None, (r.detail, r.log, r.repro))))
         elif r.verdict in SKIPPED:
             waived = f"waived by {r.waiver}: " if r.waiver else ""
             ElementTree.SubElement(case, "skipped", message=_printable(f"{waived}{r.code} {r.detail}"))
@@ -130,6 +120,32 @@ def verdict_line(results: Sequence[Result], waivers: str = "") -> str:
     count = Counter(r.verdict for r in results)
     parts = [f"{n} {verdict}" for verdict, n in count.most_common()]
     return f"{len(results)} cases: {', '.join(parts) or 'none'}" + (f"; {waivers}" if waivers else "")
+
+
+#: Seconds between two lines of a run that is not watched on a terminal.
+EVERY = 30.0
+
+
+@contextmanager
+def shown(total: int, done: int = 0) -> Iterator[Callable[[str, int], None]]:
+    """Call the function with each result's case, and how many have failed so far: a live bar on stderr, or a plain line
+    now and then where stderr is no terminal."""
+    with progress(total, sys.stderr.isatty()) as bar:
+        if bar:
+            bar[0].update(bar[1], advance=done)
+        last, count = time.monotonic(), done
+
+        def note(case: str, failed: int) -> None:
+            nonlocal last, count
+            count += 1
+            if bar:
+                bar[0].update(bar[1], advance=1, description=f"{failed} failed  {case}")
+            elif time.monotonic() - last >= EVERY:
+                last = time.monotonic()
+                sys.stderr.write(f"{count} of {total} judged, {failed} failed; last {case}\n")
+                sys.stderr.flush()
+
+        yield note
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Result:
         work: the call's floating-point operations and bytes ("flops", "bytes"), as its op declares them.
         seconds: the whole case; kernel_seconds: the judged run alone.
         repro: the command that runs this case again.
+        remark: what the case gave in a worker that others had used, where alone it gives something else.
+        log: the last lines that its worker process printed, where that process did not survive the case.
     """
 
     case: str
@@ -68,6 +70,8 @@ class Result:
     claims: Sequence[str] = ()
     waiver: str = ""
     work: Mapping[str, float] = field(default_factory=dict)
+    log: str = ""
+    remark: str = ""
     schema: int = SCHEMA
 
     @property
@@ -98,6 +102,28 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}
     return value
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "Sequence[str]": (list, tuple),
+}
+
+
+def from_record(record: Mapping[str, Any]) -> Result:
+    """The inverse of `Result.as_json`. Raises ValueError, TypeError or AttributeError for what is no such record."""
+    numbers = {
+        k: {name: float(v) for name, v in record[k].items()} for k in ("errors", "budget", "work") if k in record
+    }
+    result = Result(**{**record, **numbers, "claims": tuple(record.get("claims", ()))})
+    for each in fields(Result):
+        if not isinstance(getattr(result, each.name), _KINDS.get(str(each.type), (Mapping,))):
+            raise ValueError(f"{each.name} of a result is {getattr(result, each.name)!r:.80}")
+    if result.verdict not in VERDICTS:
+        raise ValueError(f"no verdict {result.verdict!r:.80}")
+    return result
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -1,10 +1,12 @@
 """Run cases on a backend's kernels, one verdict each.
 
-Everything happens in this process for now; ``run_case`` is the unit that a worker process will call.
+All in the calling process: ``run_case`` is the unit that a worker process calls, see `glm5_hal.conformance.pool`.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +37,7 @@ class Target:
     provider: str
     device: str
     facts: Device
+    plugin: str = ""
 
     @property
     def policy(self) -> str:
@@ -56,17 +59,21 @@ class Subject:
     other: Mapping[str, Any] | None = None
 
 
-def targets(backend: str, device: str | None = None) -> list[Target]:
-    """What ``--backend B[:provider]`` names: one provider, or all of the backend's.
+def targets(backend: str, device: str | None = None, plugin: str = "") -> list[Target]:
+    """What ``--backend B[:provider]`` names: one provider, or all of the backend's. ``plugin`` says where a backend
+    comes from that is not installed; without a backend's name it is the one that is judged.
 
     Raises:
         HalError: UNKNOWN for a name that does not exist, UNAVAILABLE where the device is not there.
     """
-    name, _, provider = backend.partition(":")
+    given = context.include(plugin) if plugin else None
     catalogue = context.catalogue()
-    record = catalogue.record(name)
+    name, _, provider = backend.partition(":")
+    record = given if given and name in ("", given.name) else catalogue.record(name)
+    name = record.name
     if record.status != "ok":
-        raise HalError("PLUGIN", f"backend {name}: {record.reason}", value=name, fix=record.fix)
+        whose = f"backend {name}" if name else record.origin
+        raise HalError("PLUGIN", f"{whose}: {record.reason}", value=name, fix=record.fix)
     facts = catalogue.device(name)
     if isinstance(facts, Unavailable):
         raise HalError("UNAVAILABLE", f"backend {name}: {facts.reason}", value=name, fix=facts.fix)
@@ -86,7 +93,7 @@ def targets(backend: str, device: str | None = None) -> list[Target]:
             value=device,
             fix=f"use {facts.type}:0",
         )
-    return [Target(name, p, device or facts.type, facts) for p in ([provider] if provider else found)]
+    return [Target(name, p, device or facts.type, facts, plugin) for p in ([provider] if provider else found)]
 
 
 def run(cases: Sequence[Case], judged: Sequence[Target], seed: int) -> Iterator[Result]:
@@ -128,18 +135,7 @@ def _alike(a: Any, b: Any) -> bool:
 def run_case(subject: Subject | HalError, case: Case, target: Target, seed: int, start: float | None = None) -> Result:
     """Judge one case on one target. Never raises for what a kernel does."""
     began = time.perf_counter() if start is None else start
-    fields: dict[str, Any] = {
-        "case": case.id,
-        "op": case.op,
-        "backend": target.policy,
-        "kernel": "",
-        "evidence": target.facts.evidence,
-        "device": target.facts.name,
-        "dtype": case.dtype,
-        "level": case.sample.level,
-        "seed": seed,
-        "repro": f"glm5-hal conformance run --backend {target.policy} --case '{case.id}' --seed {seed}",
-    }
+    fields = fields_of(case, target, seed)
     try:
         if isinstance(subject, HalError):
             fields |= {"verdict": "ERROR", "code": "CONTRACT", "detail": f"the suite itself failed: {subject.what}"}
@@ -152,12 +148,38 @@ def run_case(subject: Subject | HalError, case: Case, target: Target, seed: int,
     return Result(**fields, seconds=time.perf_counter() - began)
 
 
+def fields_of(case: Case, target: Target, seed: int) -> dict[str, Any]:
+    """What a result says before anything has run."""
+    plugin = f" --plugin {shlex.quote(target.plugin)}" if target.plugin else ""
+    return {
+        "case": case.id,
+        "op": case.op,
+        "backend": target.policy,
+        "kernel": "",
+        "evidence": target.facts.evidence,
+        "device": target.facts.name,
+        "dtype": case.dtype,
+        "level": case.sample.level,
+        "seed": seed,
+        "repro": f"glm5-hal conformance run{plugin} --backend {target.policy} --case '{case.id}' --seed {seed}",
+    }
+
+
 def _raised(problem: BaseException) -> dict[str, Any]:
-    cause = problem.value if isinstance(problem, HalError) and problem.code == "KERNEL" else problem
-    if isinstance(cause, (torch.OutOfMemoryError, MemoryError)):
-        return {"verdict": "OOM", "detail": str(cause) or "out of memory"}
+    if (said := _out_of_memory(problem)) is not None:
+        return {"verdict": "OOM", "detail": said or "out of memory"}
     code = problem.code if isinstance(problem, HalError) else "RAISED"
     return {"verdict": "FAIL", "code": code, "detail": _last_line(problem)}
+
+
+def _out_of_memory(problem: BaseException) -> str | None:
+    """What an exception says that tells of exhausted memory. On the CPU torch has no class for it."""
+    cause = problem.value if isinstance(problem, HalError) and problem.code == "KERNEL" else problem
+    typed = isinstance(cause, (torch.OutOfMemoryError, MemoryError))
+    return str(cause) if typed or (isinstance(cause, RuntimeError) and _NO_MEMORY.search(str(cause))) else None
+
+
+_NO_MEMORY = re.compile(r"Allocator: (not enough|can't allocate) memory|std::bad_alloc")
 
 
 def _judge(subject: Subject, target: Target) -> dict[str, Any]:
@@ -230,7 +252,9 @@ def _checked(trial: Trial) -> dict[str, Any]:
             finding = check(trial)
         except KeyboardInterrupt:
             raise
-        except BaseException as problem:  # noqa: BLE001 - a kernel that raises under one check has failed that check
+        except BaseException as problem:
+            if _out_of_memory(problem) is not None:
+                raise
             finding = Finding(False, f"raised {_last_line(problem)}")
         said[name] = (
             "ok" if finding.ok else f"n/a: {finding.detail}" if finding.ok is None else f"failed: {finding.detail}"

@@ -145,15 +145,25 @@ class Book:
         return tuple(rows)
 
 
-def load(backend: str, device: str, versions: Mapping[str, str]) -> Book:
-    """The waivers that a backend ships in its package, for a device as its probe found it.
+def load(backend: str, device: str, versions: Mapping[str, str], plugin: str = "") -> Book:
+    """The waivers that a backend ships in its package, for a device as its probe found it. The package is not imported.
+
+    ``plugin`` is the path or module of a backend that is not installed.
 
     Raises:
         HalError: CONFIG for a file that breaks a rule; UNKNOWN for a backend that does not exist.
     """
     from glm5_hal import context
 
-    file = _file_of(context.catalogue().record(backend).value)
+    path = Path(plugin)
+    if plugin and path.exists():
+        file: Path | None = (path if path.is_dir() else path.parent) / FILE
+    else:
+        catalogue = context.catalogue()
+        announced = [record.value for record in catalogue.found if record.name == backend]
+        if not (plugin or announced):
+            catalogue.record(backend)
+        file = _file_of(plugin or announced[0])
     if file is None or not file.is_file():
         return Book(device=device, versions=versions)
     text = file.read_text(encoding="utf-8")

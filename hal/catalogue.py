@@ -20,8 +20,9 @@ from glm5_hal.spec import OpSpec
 class Catalogue:
     """Thread-safe; `glm5_hal.resolve.Catalogue` is the part of it that resolution reads."""
 
-    def __init__(self, records: Sequence[PluginRecord] | None = None) -> None:
+    def __init__(self, records: Sequence[PluginRecord] | None = None, given: Sequence[str] = ()) -> None:
         self._lock = threading.RLock()
+        self._given = tuple(given)
         self._found = None if records is None else tuple(records)
         self._settled: dict[str, tuple[PluginRecord, ...]] = {}
         self._devices: dict[str, Device | Unavailable] = {}
@@ -32,7 +33,7 @@ class Catalogue:
         """Every plugin that is announced, loaded or not."""
         with self._lock:
             if self._found is None:
-                self._found = plugins.find()
+                self._found = plugins.find(given=self._given)
             return self._found
 
     @property

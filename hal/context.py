@@ -14,6 +14,7 @@ from glm5_hal import policy as policies
 from glm5_hal.backend import ATTRIBUTES
 from glm5_hal.catalogue import Catalogue
 from glm5_hal.errors import HalError, suggest
+from glm5_hal.plugins import PluginRecord
 from glm5_hal.policy import Policy, Settings
 
 #: "auto" reads index and length values on CPU tensors only (elsewhere that would sync the device); "values" reads them
@@ -36,11 +37,16 @@ _intern = lru_cache(maxsize=1024)(Active)
 _DEFAULT = _intern(None, frozenset(), "auto")
 
 
+#: Plugins beside the installed ones. They belong to the process's command line, so neither a reset nor a fork forgets
+#: them.
+_given: list[str] = []
+
+
 class _Process:
     """State of the process that a fork or `reset` must forget."""
 
     def __init__(self) -> None:
-        self.catalogue = Catalogue()
+        self.catalogue = Catalogue(given=_given)
         self.settings: Settings | None = None
 
 
@@ -49,6 +55,17 @@ _process = _Process()
 
 def catalogue() -> Catalogue:
     return _process.catalogue
+
+
+def include(plugin: str) -> PluginRecord:
+    """Have a plugin that no entry point names: a .py file, a package's folder, or an importable module.
+
+    It is checked as an installed one is, and takes no other's name. Everything learnt before is forgotten.
+    """
+    if plugin not in _given:
+        _given.append(plugin)
+    reset()
+    return next(r for r in catalogue().records if r.given == plugin)
 
 
 @contextmanager

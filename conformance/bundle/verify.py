@@ -18,6 +18,7 @@ from glm5_hal.conformance.bundle.files import MANIFEST, NAMES, RESULTS, SUMS, Bu
 from glm5_hal.conformance.bundle.fingerprint import combined, spec_hashes, suite
 from glm5_hal.conformance.bundle.manifest import Manifest, case_list
 from glm5_hal.conformance.cases import Case, cases, find
+from glm5_hal.conformance.report import RUN
 from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.waivers import FILE as WAIVERS
 from glm5_hal.conformance.waivers import Tally
@@ -80,7 +81,7 @@ def _sums(folder: Path) -> Iterator[Problem]:
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
     for name in sorted(set(NAMES) - there):
         yield Problem("MISSING", name, "is part of every bundle and not there")
-    for name in sorted(there - set(NAMES)):
+    for name in sorted(there - {*NAMES, RUN}):
         yield Problem("ADDED", name, "is part of no bundle")
     if SUMS not in there:
         return

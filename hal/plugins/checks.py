@@ -24,7 +24,7 @@ def _check_fields(record: PluginRecord, backend: Backend, written: str) -> None:
     if backend.name == "auto":
         reason = f"a backend cannot be called 'auto', which means something else in a policy{written}"
         raise Defect("NAME", reason, "choose another name")
-    if backend.name != record.name:
+    if record.name and backend.name != record.name:
         reason = f"the entry point is called {record.name!r} and its backend {backend.name!r}{written}"
         raise Defect("NAME", reason, f"call the entry point {backend.name!r} or the backend {record.name!r}")
     for field, kind in (("device_type", str), ("priority", int), ("requires", Mapping), ("smi", tuple)):
@@ -65,9 +65,9 @@ def hook_missing(record: PluginRecord, plugin: object, written: str) -> Defect:
     fix = f"""write in the plugin's module:
 from glm5_hal import Backend, hookimpl
 @hookimpl
-def glm5_backend(): return Backend(name={record.name!r}, device_type=..., probe=probe, kernels=kernels)"""
+def glm5_backend(): return Backend(name={record.name or "acme"!r}, device_type=..., probe=probe, kernels=kernels)"""
     if getattr(plugin, "glm5_backend", None) is not None:
         return Defect("HOOK_MISSING", f"glm5_backend lacks the decorator @glm5_hal.hookimpl{written}", fix)
-    if inspect.isfunction(plugin):
+    if inspect.isfunction(plugin) and not record.given:
         fix = f"name the module alone in the entry point: {record.name} = {plugin.__module__!r}"
     return Defect("HOOK_MISSING", f"{record.value} has no function glm5_backend", fix)

@@ -113,7 +113,7 @@ def _told(record: PluginRecord, answers: dict[str, Any], stage: str = "", end: s
 
 
 def _start(record: PluginRecord, deadline: float, last: str) -> subprocess.Popen[bytes]:
-    job = {name: getattr(record, name) for name in ("name", "value", "dist", "version", "builtin")}
+    job = {name: getattr(record, name) for name in ("name", "value", "dist", "version", "builtin", "given")}
     path = [entry for entry in sys.path if isinstance(entry, str)]
     until = time.time() + deadline - min(0.5, deadline / 4)
     boot = f"import sys; sys.path[:] = {path!r}; from {__name__} import answer; answer({job!r}, {until!r}, {last!r})"
@@ -225,9 +225,7 @@ def _understood(line: bytes, stage: str, answers: dict[str, Any]) -> bool:
         if stage == "load":
             said = {key: said[key] for key in _TOLD}
         if stage == "probe":
-            kind, values = said
-            said = Device(**(values | {"features": frozenset(values["features"])})) if kind == "Device" else None
-            said = said or Unavailable(**values)
+            said = decoded(said)
         answers[stage] = said
     except (ValueError, TypeError, KeyError, HalError):
         return False
@@ -250,7 +248,7 @@ def answer(job: dict[str, Any], until: float, last: str) -> None:
     if record.backend is None or last == "load":
         os._exit(0)
     found = probe(record, None)
-    _say(channel, "probe", _encoded(found))
+    _say(channel, "probe", encoded(found))
     if isinstance(found, Unavailable) or last == "probe":
         os._exit(0)
     _expire(KERNEL_DEADLINE - 0.5)
@@ -282,9 +280,18 @@ def _is_open(descriptor: int) -> bool:
     return True
 
 
-def _encoded(found: Device | Unavailable) -> tuple[str, dict[str, Any]]:
+def encoded(found: Device | Unavailable) -> tuple[str, dict[str, Any]]:
+    """As JSON can hold it."""
     kind = Device if isinstance(found, Device) else Unavailable
     values = {field.name: getattr(found, field.name) for field in fields(kind)}
     if isinstance(found, Device):
         values |= {"features": sorted(found.features), "versions": dict(found.versions)}
     return kind.__name__, values
+
+
+def decoded(found: Any) -> Device | Unavailable:
+    """The inverse of `encoded`. Raises ValueError, TypeError, KeyError or HalError for anything else."""
+    kind, values = found
+    if kind == "Device":
+        return Device(**(values | {"features": frozenset(values["features"])}))
+    return Unavailable(**values)

@@ -7,15 +7,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 
 from glm5_hal import hookspecs
+from glm5_hal.plugins.given import given_record
 from glm5_hal.plugins.isolation import told
 from glm5_hal.plugins.loading import LOAD_DEADLINE, load
 from glm5_hal.plugins.record import DISTRIBUTION, Defect, PluginRecord
 
 
-def find(entry_points: Iterable[metadata.EntryPoint] | None = None) -> tuple[PluginRecord, ...]:
-    """Every backend plugin that is announced, none of them loaded: what is installed, or these entry points."""
+def find(
+    entry_points: Iterable[metadata.EntryPoint] | None = None, given: Sequence[str] = ()
+) -> tuple[PluginRecord, ...]:
+    """Every backend plugin that is announced: what is installed, or these entry points; none of them is loaded.
+
+    Plugins that are ``given`` by path or module are, since their own answer has their name.
+    """
     found = _installed() if entry_points is None else (_unloaded(point, point.dist) for point in entry_points)
-    once = {(_canonical(record.dist), record.name, record.value): record for record in found}
+    named = (load(given_record(path), LOAD_DEADLINE) for path in given)
+    once = {(_canonical(record.dist), record.name, record.value): record for record in (*found, *named)}
     return tuple(sorted(once.values(), key=order))
 
 
@@ -29,15 +36,19 @@ def settle(same: Sequence[PluginRecord], deadline: float = LOAD_DEADLINE) -> tup
 
 
 def discover(
-    entry_points: Iterable[metadata.EntryPoint] | None = None, *, deadline: float = LOAD_DEADLINE
+    entry_points: Iterable[metadata.EntryPoint] | None = None,
+    *,
+    given: Sequence[str] = (),
+    deadline: float = LOAD_DEADLINE,
 ) -> tuple[PluginRecord, ...]:
     """Load every backend plugin: built-in ones by name, then outside ones by priority (higher first) and name.
 
     Args:
         entry_points: what to load instead of what is installed.
+        given: paths or modules of further plugins, which no entry point names.
         deadline: seconds that each outside plugin has. They are loaded in a thread, which a plugin that hangs keeps.
     """
-    found = find(entry_points)
+    found = find(entry_points, given)
     names = dict.fromkeys(record.name for record in found)
     settled = [r for name in names for r in settle([r for r in found if r.name == name], deadline)]
     return tuple(sorted(settled, key=order))
@@ -108,7 +119,7 @@ def without_theft(records: Sequence[PluginRecord]) -> tuple[PluginRecord, ...]:
             Defect(
                 "BUILTIN_NAME",
                 f"{record.name!r} is a built-in backend of {owners[record.name]}, and {record.origin} offers it too",
-                f"give the outside one a name of its own, or take it out: pip uninstall {record.dist}",
+                f"give the outside one a name of its own, or take it out: {record.removal}",
                 "refused",
             )
         )
@@ -126,7 +137,7 @@ def without_twins(records: Sequence[PluginRecord]) -> tuple[PluginRecord, ...]:
         rivals = [r for r in records if r.name == record.name and r.status == "ok" and not r.builtin]
         if record in rivals and len(rivals) > 1:
             who = " and ".join(sorted(f"{r.origin} ({r.value})" for r in rivals))
-            fix = "uninstall one of them: " + " or ".join(sorted({f"pip uninstall {r.dist}" for r in rivals}))
+            fix = "uninstall one of them: " + " or ".join(sorted({r.removal for r in rivals}))
             reason = f"backend {record.name!r} is offered by {who}; neither is used"
             record = record.failed(Defect("DUPLICATE", reason, fix, "refused"))
         kept.append(record)

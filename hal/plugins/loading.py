@@ -16,6 +16,7 @@ import pluggy
 from glm5_hal import hookspecs
 from glm5_hal.backend import Backend
 from glm5_hal.plugins.checks import check, hook_missing
+from glm5_hal.plugins.given import made_importable
 from glm5_hal.plugins.isolation import defined_at, guarded, kind_of, told
 from glm5_hal.plugins.record import Defect, PluginRecord
 
@@ -36,7 +37,8 @@ def load(record: PluginRecord, deadline: float | None) -> PluginRecord:
         return record.failed(Defect("TIMEOUT", reason, f"import the vendor's SDK in probe() only; {record.remedy}"))
     if outcome.problem is not None:
         return record.failed(_defect(record, "IMPORT", f"loading {record.value!r} raised", outcome.problem))
-    return replace(record, backend=outcome.value, device_type=outcome.value.device_type)
+    backend = outcome.value
+    return replace(record, backend=backend, device_type=backend.device_type, name=record.name or backend.name)
 
 
 def _build(record: PluginRecord) -> Backend:
@@ -45,7 +47,7 @@ def _build(record: PluginRecord) -> Backend:
     manager = pluggy.PluginManager("glm5_hal")
     manager.add_hookspecs(hookspecs)
     try:
-        manager.register(plugin, record.name)
+        manager.register(plugin, record.name or None)
         manager.check_pending()
     except pluggy.PluginValidationError as problem:
         said = "; ".join(line.strip() for line in str(problem).splitlines())
@@ -87,6 +89,7 @@ def _imported(record: PluginRecord) -> object:
         reason = f"the entry point's value {record.value!r} is not module or module:attribute"
         raise Defect("ENTRY_POINT", reason, record.remedy)
     module = value["module"]
+    made_importable(record)
     with _stage(record, "IMPORT", f"importing {module} raised"):
         try:
             plugin: object = importlib.import_module(module)

@@ -37,6 +37,7 @@ class PluginRecord:
         value: the entry point's "module" or "module:attribute".
         dist, version: the distribution that it comes from.
         builtin: it comes with glm5-hal itself.
+        given: the path or module that names it, where no entry point does; its name is then its backend's.
         status: "ok", "broken" (it cannot be used by anyone) or "refused" (it works, but not with this core or beside
             these plugins).
         code, reason, fix: why it is not ok, one of :data:`CODES` first, and what to do; empty where it is.
@@ -59,9 +60,12 @@ class PluginRecord:
     device_type: str = ""
     seconds: float = 0.0
     output: str = ""
+    given: str = ""
 
     @property
     def origin(self) -> str:
+        if self.given:
+            return f"plugin {self.given}"
         return f"{self.dist or 'an unknown distribution'} {self.version}".strip()
 
     @property
@@ -75,9 +79,15 @@ class PluginRecord:
         """The fix where nothing better is known."""
         if self.builtin:
             return f"pip install --force-reinstall {DISTRIBUTION}"
+        if self.given:
+            return f"mend {self.given}"
         if not self.dist:
             return f"reinstall what offers the entry point {self.name} = {self.value!r}"
         return f"pip install -U '{self.dist}', or take it out: pip uninstall {self.dist}"
+
+    @property
+    def removal(self) -> str:
+        return f"leave out --plugin {self.given}" if self.given else f"pip uninstall {self.dist}"
 
     def failed(self, defect: Defect) -> PluginRecord:
         return replace(self, status=defect.status, code=defect.code, reason=defect.reason, fix=defect.fix, backend=None)

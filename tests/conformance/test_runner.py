@@ -378,6 +378,17 @@ def test_a_target_that_is_not_there_is_an_error_that_helps(
     assert said in raised.value.fix
 
 
+def test_a_plugin_that_is_not_there_is_told_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "_given", [])
+    with pytest.raises(HalError) as raised:
+        runner.targets("", None, "nowhere/plugin.py")
+    monkeypatch.undo()
+    context.reset()
+    assert raised.value.code == "PLUGIN"
+    assert "plugin nowhere/plugin.py: there is no nowhere/plugin.py" in raised.value.what
+    assert raised.value.fix == "give a .py file, a package's folder or a module"
+
+
 def test_a_device_that_is_not_there_is_unavailable() -> None:
     def absent_device() -> Device | Unavailable:
         return Unavailable("no device", "plug one in")

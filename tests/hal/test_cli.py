@@ -176,7 +176,7 @@ def test_a_mistake_is_told_on_stderr_with_exit_code_2(run: Any, words: tuple[str
 
 def test_a_device_that_is_not_there_is_exit_code_3(run: Any, tmp_path: Path) -> None:
     with installed(stand_in("acme", probe=lambda: Unavailable("no card", "plug it in"))):
-        done = run("conformance", "run", "--backend", "acme", "--out", str(tmp_path))
+        done = run("conformance", "run", "--backend", "acme", "--in-process", "--out", str(tmp_path))
     assert (done.code, done.out) == (3, "")
     assert "no card" in done.err
     assert "fix: plug it in" in done.err

@@ -17,7 +17,7 @@ from honest import kernel
 from stand_in import NAME, Made, installed
 
 from glm5_hal.backend import Device
-from glm5_hal.conformance import report, runner
+from glm5_hal.conformance import runner
 from glm5_hal.conformance.bundle import files, fingerprint
 from glm5_hal.conformance.bundle import manifest as manifests
 from glm5_hal.conformance.bundle.fingerprint import Suite
@@ -94,9 +94,9 @@ def write(folder: Path, cases: tuple[str, ...] = CASES, waivers: str | None = No
         judged = runner.targets(NAME)
         facts = judged[0].facts
         book = Book(parse(text), TODAY, facts.name, facts.versions, text)
-        with report.sink(folder) as lines:
-            results = [book.judged(r) for r in runner.run(find(cases), judged, seed)]
-            lines.writelines(r.as_json() + "\n" for r in results)
+        results = [book.judged(r) for r in runner.run(find(cases), judged, seed)]
+        folder.mkdir(parents=True, exist_ok=True)
+        put(folder, [json.loads(r.as_json()) for r in results])
         selection = Selection("smoke", ("*",), cases, tuple(t.policy for t in judged), seed)
         files.write(folder, results, selection, cases, judged, book, manifests.now())
     return folder
