@@ -96,7 +96,7 @@ def apply(
     with torch.no_grad():
         for i, layer in enumerate(decoder.layers):
             with context.use(texts.get(i)):
-                _install(layer, i, decoder)
+                install(layer, i, decoder)
     _set(decoder.norm, forwards.norm, decoder.norm.variance_epsilon)
     _set(decoder, forwards.decoder, Applied(layout, texts, tuple(_sources(decoder))))
     if model is not decoder:
@@ -134,7 +134,8 @@ def applied(model: Any) -> Applied:
     return found  # type: ignore[no-any-return]
 
 
-def _install(layer: Any, i: int, decoder: Any) -> None:
+def install(layer: Any, i: int, decoder: Any) -> None:
+    """Let a layer, one of the decoder's kind, run through the operators. ``i`` is its place in the cache."""
     backend, half = _backend(decoder), DECODERS[type(decoder)]
     top_k = decoder.config.index_topk
     _set(
