@@ -315,9 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rates = limits(options.repeat)
         if not options.json:
             print(f"{torch.get_num_threads()} threads; " + ", ".join(f"{v:.0f} {k}" for k, v in rates.items()))
-            print(
-                f"{'op':<18} {'shape':<18} {'dtype':<9} {'format':<11} {'ms':>8}  {'best peer':<22} {'gain':>5}  of limit"
-            )
+            print(f"{'op':<18} {'shape':<18} {'dtype':<9} {'format':<11} {'ms':>8}  {'best peer':<22} {'gain':>5}  of limit")
         for points in POINTS:
             if fnmatch.fnmatch(points.__name__, options.op):
                 for point in points():

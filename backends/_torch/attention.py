@@ -87,7 +87,9 @@ def mla_prefill(
     return out, lse
 
 
-def _prefill_tile(q: Tensor, k: Tensor, v: Tensor, limits: range | None, scale: float) -> tuple[Tensor, Tensor]:
+def _prefill_tile(
+    q: Tensor, k: Tensor, v: Tensor, limits: range | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """Queries [m, H, D] over keys [n, H, D], of which query i sees the first ``limits[i]`` (None: all); at least one."""
     dtype = accumulation(q)
     q_HmD = q.transpose(0, 1).to(dtype) * scale

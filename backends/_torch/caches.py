@@ -163,7 +163,9 @@ def _write(fmt: CacheFormat, caches: tuple[Tensor, ...], slots: Tensor, latent: 
         _put(fields[name], slots, rows, some)
 
 
-def _stored(fmt: CacheFormat, caches: tuple[Tensor, ...], latent: Tensor, rope: Tensor | None) -> Mapping[str, Tensor]:
+def _stored(
+    fmt: CacheFormat, caches: tuple[Tensor, ...], latent: Tensor, rope: Tensor | None
+) -> Mapping[str, Tensor]:
     """What each field gets."""
     if fmt.group:
         codes, scale = bytes_of.quantise(latent, fmt)

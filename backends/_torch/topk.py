@@ -61,9 +61,7 @@ def _guess(row: Tensor, k: int) -> float:
     enough = k // STRIDE + 64
     if 4 * enough > len(sample):
         return -torch.inf
-    return float(
-        sample.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).topk(enough, sorted=False).values.amin()
-    )
+    return float(sample.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).topk(enough, sorted=False).values.amin())
 
 
 def _by_rank(scores: Tensor, lengths: Tensor, out: Tensor) -> None:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from glm5_hal.integrations.transformers import models
-from glm5_hal.integrations.transformers.checks import refuse
+from glm5_hal.integrations.transformers.checks import listing, refuse
 from glm5_hal.integrations.transformers.mtp import Mtp
 
 #: Copies of what the model has, and tables that follow from the configuration.
@@ -85,7 +85,7 @@ def _joined(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     experts = range(1 + max(expert for _, expert in parts))
     absent = [f"experts.{e}.{part}_proj" for e in experts for part in ("gate", "up", "down") if (part, e) not in parts]
     if absent:
-        refuse("CONFIG", f"the draft layer has no {', '.join(absent)}", value=absent, fix="get the missing files")
+        refuse("CONFIG", f"the draft layer has no {listing(absent)}", value=absent, fix="get the missing files")
     joined = {
         "gate_up_proj": torch.stack([torch.cat([parts["gate", e], parts["up", e]]) for e in experts]),
         "down_proj": torch.stack([parts["down", e] for e in experts]),

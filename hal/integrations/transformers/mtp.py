@@ -89,7 +89,7 @@ class Mtp(nn.Module):
             if names:
                 checks.refuse(
                     "CONFIG",
-                    f"weights of the draft layer are {what}: {', '.join(sorted(names))}",
+                    f"weights of the draft layer are {what}: {checks.listing(names)}",
                     value=sorted(names),
                     fix="load the checkpoint that the model itself came from",
                 )

@@ -1,8 +1,8 @@
 """Drawing tokens, and the acceptance of guessed ones such that the result is as if nothing had been guessed.
 
 Source: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", algorithm 1. A guess d, drawn
-from q, is kept with probability min(1, p(d)/q(d)); the first that is not kept is replaced by a draw from max(p − q, 0),
-and after guesses that were all kept one token more is drawn from p. Every token is then distributed as p, whatever q is.
+from q, is kept with probability min(1, p(d)/q(d)); the first that is not kept is replaced by a draw from max(p − q, 0);
+after guesses that were all kept one token more is drawn from p. Every token is then distributed as p, whatever q is.
 Greedy decoding is the case in which p and q have all their mass in one place.
 
 Legend: B rows, S positions, k guesses, V vocabulary.

@@ -68,7 +68,9 @@ def copies(args: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("gap", [1, 132, 7 * 132])
 @pytest.mark.parametrize("page", [3, 8, 32])
-def test_block_major_pages_any_distance_apart(request: pytest.FixtureRequest, page: int, gap: int, far: bool) -> None:
+def test_block_major_pages_any_distance_apart(
+    request: pytest.FixtureRequest, page: int, gap: int, far: bool
+) -> None:
     if far:
         request.getfixturevalue("far_device")
     generator = torch.Generator().manual_seed(0)
@@ -97,9 +99,7 @@ def filled(form: str, page: int, latent: int, rope: int, dtype: torch.dtype) -> 
     fmt = FORMATS[form]
     held = fmt.allocate(5, page, *((latent, rope) if fmt.kind == "latent" else (latent,)), dtype=dtype)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(5 * page, latent, generator=generator) * 2.0 ** torch.arange(-8, 5 * page - 8)[:, None].clamp(
-        -30, 30
-    )
+    rows = torch.randn(5 * page, latent, generator=generator) * 2.0 ** torch.arange(-8, 5 * page - 8)[:, None].clamp(-30, 30)
     pe = torch.randn(5 * page, rope, generator=generator).to(dtype) if fmt.kind == "latent" else None
     bytes_of.write(fmt, held, torch.arange(5 * page), rows.to(dtype), pe)
     return held
@@ -128,7 +128,5 @@ def test_every_e4m3_code(scale: float) -> None:
     cache = torch.cat([codes, torch.tensor([scale, scale]).view(torch.uint8)]).view(1, 1, 264)
     tiles = Tiles(FORMATS["fp8_132"], (cache,), 256, 0, torch.float32, 1)
     expected = codes.view(torch.float8_e4m3fn).float() * scale
-    assert torch.equal(
-        tiles.between(torch.zeros(1, dtype=torch.int32), 0, 1)[0].nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0)
-    )
+    assert torch.equal(tiles.between(torch.zeros(1, dtype=torch.int32), 0, 1)[0].nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
     assert int(expected.isnan().sum()) == 2

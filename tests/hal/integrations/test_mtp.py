@@ -234,7 +234,7 @@ def test_index_keys_are_written_also_where_nothing_is_chosen(columns: int) -> No
         pages = cache.index[0][cache.block_table.long()].flatten(1, 2)
         held.append(pages[:, : columns + 1])
     assert held[0].abs().amax(-1).min() > 0
-    assert torch.equal(*held)
+    torch.testing.assert_close(*held, atol=1e-5, rtol=0)
 
 
 def test_a_reused_choice_that_had_room_for_all_keys_takes_in_those_since(monkeypatch: pytest.MonkeyPatch) -> None:
