@@ -9,40 +9,17 @@ padding stands, and the operators need no mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from glm5_hal.integrations.transformers import memory
 from glm5_hal.integrations.transformers.checks import refuse
 from glm5_hal.integrations.transformers.pages import Pages
 from glm5_hal.integrations.transformers.step import Step, decode_slots, offsets
-from glm5_hal.state import CacheFormat, StepPlan
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a model's cache is made of.
-
-    Attributes:
-        latent, index: formats of the latent and of the indexer's keys.
-        latent_dims: (kv_lora_rank, rope_dim).
-        index_dim: index_head_dim.
-        indexed: for each layer, whether it has an indexer of its own.
-        page_size: tokens per page.
-        dtype, device: of the activations.
-    """
-
-    latent: CacheFormat
-    index: CacheFormat
-    latent_dims: tuple[int, int]
-    index_dim: int
-    indexed: tuple[bool, ...]
-    page_size: int
-    dtype: torch.dtype
-    device: torch.device
+from glm5_hal.state import StepPlan
 
 
 class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
@@ -320,7 +297,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
         self._grow(self._pages.count)
         if copies:
             source, target = (torch.tensor(pages, device=self.layout.device) for pages in zip(*copies, strict=True))
-            for tensor in _tensors(self.latent, self.index):
+            for tensor in memory.tensors(self.latent, self.index):
                 tensor[target] = tensor[source]
         if changed:
             self._table()
@@ -338,8 +315,8 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
             return
         before = self.latent, self.index
         with torch.inference_mode(False):  # whatever mode this pass runs in, a later one must be able to write
-            self.latent, self.index = _allocated(self.layout, max(pages, 2 * held), self._keep)
-        for new, old in zip(_tensors(self.latent, self.index), _tensors(*before), strict=False):
+            self.latent, self.index = memory.allocated(self.layout, max(pages, 2 * held), self._keep)
+        for new, old in zip(memory.tensors(self.latent, self.index), memory.tensors(*before), strict=False):
             new[:held] = old
 
     def _take(self, rows: Tensor) -> None:
@@ -352,21 +329,3 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
         self._real = None if self._real is None else self._real.index_select(0, rows)
         self._ready = 0
         self._table()
-
-
-def _allocated(layout: Layout, pages: int, keep: bool) -> tuple[list[tuple[Tensor, ...]], list[Tensor | None]]:
-    """Each layer's tensors; the same ones for all layers if nothing is to be kept."""
-
-    def made(fmt: CacheFormat, *dims: int) -> tuple[Tensor, ...]:
-        return fmt.allocate(pages, layout.page_size, *dims, dtype=layout.dtype, device=layout.device)
-
-    layers = len(layout.indexed) if keep else 1
-    latent = [made(layout.latent, *layout.latent_dims) for _ in range(layers)]
-    index = [made(layout.index, layout.index_dim)[0] if has or not keep else None for has in layout.indexed[:layers]]
-    return (latent, index) if keep else (latent * len(layout.indexed), index * len(layout.indexed))
-
-
-def _tensors(latent: Sequence[tuple[Tensor, ...]], index: Sequence[Tensor | None]) -> list[Tensor]:
-    """Every tensor once."""
-    held = [*(t for tensors in latent for t in tensors), *(t for t in index if t is not None)]
-    return list({id(t): t for t in held}.values())

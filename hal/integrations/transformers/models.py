@@ -16,7 +16,7 @@ from glm5_hal import context, ops
 from glm5_hal import policy as policies
 from glm5_hal.errors import HalError
 from glm5_hal.integrations.transformers import attention, checks, experts, forwards
-from glm5_hal.integrations.transformers.cache import Layout, PagedCache
+from glm5_hal.integrations.transformers.memory import Layout
 from glm5_hal.state import CacheFormat, cache_format, preferred_formats
 
 #: Decoders by class, and whether the rope of their indexer pairs dims (i, i + R/2).
@@ -205,6 +205,3 @@ def check_unchanged(sources: Iterable[Source], *, again: str) -> None:
 def _state(tensor: Tensor) -> tuple[Any, ...]:
     version = 0 if tensor.is_inference() else tensor._version
     return version, tensor.data_ptr(), tensor.dtype, tensor.device
-
-
-__all__ = ["Applied", "PagedCache", "applied", "apply", "remove"]

@@ -133,6 +133,29 @@ def test_what_contradicts_earlier_passes_is_refused(small: Any) -> None:
     run(small, cache, columns=1, attention_mask=torch.cat([mask, torch.ones(2, 1)], 1))
 
 
+def test_keys_are_indexed_in_steps_that_skip_scoring(small: Any) -> None:
+    """12 tokens select each other all, 20 do not: the first 12 keys are the same."""
+    short, long = PagedCache(small), PagedCache(small)
+    ids = tokens(1, COLUMNS)
+    with torch.no_grad():
+        small(ids[:, :12], past_key_values=short)
+        small(ids, past_key_values=long)
+    written, expected = (c.index[0][c.block_table[0].long()].flatten(0, 1)[:12] for c in (short, long))
+    assert expected.abs().amax(-1).min() > 0
+    torch.testing.assert_close(written, expected, atol=1e-5, rtol=0)
+
+
+def test_rope_keys_are_an_engines_and_not_de_interleaved_as_in_transformers(small: Any) -> None:
+    ours, ids = PagedCache(small), tokens(1, COLUMNS)
+    with torch.no_grad():
+        small(ids, past_key_values=ours)
+        theirs = model("shared")(ids, use_cache=True).past_key_values
+    latent, rope = ours.latent[0][0][ours.block_table[0].long()].flatten(0, 1)[:COLUMNS].tensor_split([128], -1)
+    torch.testing.assert_close(latent, theirs.layers[0].keys[0, 0], atol=1e-5, rtol=0)
+    halves = theirs.layers[0].values[0, 0].view(COLUMNS, 2, 8)
+    torch.testing.assert_close(rope, halves.transpose(1, 2).flatten(1), atol=1e-5, rtol=0)
+
+
 def test_a_crop_is_counted_as_transformers_counts_it(small: Any) -> None:
     cache = PagedCache(small)
     run(small, cache)

@@ -1,0 +1,294 @@
+"""The attention block of transformers' GLM-5, as it is and with `apply` on, at GLM-5's real widths on a CPU.
+
+One layer, one request. Both run in one process and one dtype on the same weights and the same cached tokens, in turns;
+each time is the least of several, and their outputs are compared. Peak memory is that of a process of its own for each
+of the two: resident memory at its peak during one pass less what was resident before it.
+
+The core is what turns projected queries and the cached latents into head outputs: transformers' expands all latents,
+masks and attends; ours multiplies the queries by W_UK, attends to the chosen latents and multiplies by W_UV. The limit
+of decoding is the block's weights over the measured rate of reading memory.
+
+    python benchmarks/transformers_attention.py [--json] [--dtype bfloat16|float32] [--threads N] [--repeat N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WIDTHS = {
+    "hidden_size": 6144,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "q_lora_rank": 2048,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "index_n_heads": 32,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+#: What is not measured is small.
+REST = {"vocab_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "first_k_dense_replace": 1}
+CACHED, PREFILL = 4096, 2048
+WAYS = ("eager", "sdpa", "ours")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Times in ms by way; the ratio is the faster of transformers' two over ours."""
+
+    what: str
+    dtype: str
+    ms: dict[str, float]
+    ratio: float
+    difference: float
+
+
+def decoder(dtype: torch.dtype) -> Any:
+    from transformers import GlmMoeDsaConfig, GlmMoeDsaModel
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        made = GlmMoeDsaModel(GlmMoeDsaConfig(**WIDTHS, **REST, pad_token_id=None)).to(dtype)
+    made = made.to_empty(device="cpu").eval().requires_grad_(False)
+    for name, parameter in made.named_parameters():
+        fan_in = parameter.shape[-1]
+        parameter.fill_(1.0) if "norm" in name else parameter.normal_(0, fan_in**-0.5)
+    made.rotary_emb = type(made.rotary_emb)(made.config)
+    return made
+
+
+class Block:
+    """One attention block, its inputs, and a cache for each way to run it."""
+
+    def __init__(self, dtype: torch.dtype, tokens: int, cached: int) -> None:
+        from transformers import DynamicCache
+
+        from glm5_hal.integrations.transformers import PagedCache, apply
+
+        self.model = apply(decoder(dtype))
+        self.x = torch.randn(1, tokens, WIDTHS["hidden_size"], dtype=dtype)
+        self.tokens, self.cached = tokens, cached
+        latent, rope, keys = (torch.randn(cached, w).to(dtype) for w in (512, 64, 128))
+        self.paged = PagedCache(self.model, batch_size=1, max_length=cached + tokens)
+        self.theirs = DynamicCache(config=self.model.config)
+        if cached:
+            held = self.paged.latent[0][0].flatten(0, 1)[self._slots()]
+            assert held.shape == (cached, 576)
+            self.paged.latent[0][0].flatten(0, 1)[self._slots()] = torch.cat([latent, rope], 1)
+            self.paged.index[0].flatten(0, 1)[self._slots()] = keys
+            self.paged.seen = cached
+            # transformers keeps what rope has turned with the pairs' first halves first.
+            apart = torch.cat([torch.arange(0, 64, 2), torch.arange(1, 64, 2)])
+            self.theirs.update(latent[None, None], rope[None, None][..., apart], 0)
+            self.theirs.update_indexer(torch.cat([keys[:, apart], keys[:, 64:]], 1)[None], 0)
+
+    def _slots(self) -> Tensor:
+        table, page = self.paged.block_table[0].long(), self.paged.layout.page_size
+        places = torch.arange(self.cached)
+        return table[places // page] * page + places % page
+
+    def prepared(self, way: str) -> Callable[[], Tensor]:
+        """A pass of this way, to be called again and again: each leaves the cache as it was."""
+        return self._ours() if way == "ours" else self._transformers(way)
+
+    def _ours(self) -> Callable[[], Tensor]:
+        from glm5_hal.integrations.transformers import forwards
+        from glm5_hal.integrations.transformers.step import active
+
+        module = self.model.layers[0].self_attn
+
+        def run() -> Tensor:
+            if not self.cached:
+                self.paged.reset()
+            at = forwards._pass(self.model, self.paged, 1, self.tokens, None, None)
+            with active(at.step):
+                out: Tensor = module(self.x, at=at, chosen=None)[0]
+            return out
+
+        return run
+
+    def _transformers(self, way: str) -> Callable[[], Tensor]:
+        from transformers.masking_utils import create_causal_mask
+
+        module = self.model.layers[0].self_attn
+        positions = torch.arange(self.cached, self.cached + self.tokens)[None]
+
+        def run() -> Tensor:
+            self.model.config._attn_implementation = way
+            mask = create_causal_mask(
+                config=self.model.config, inputs_embeds=self.x, attention_mask=None, past_key_values=self.theirs,
+                position_ids=positions, allow_is_causal_skip=False,
+            )  # fmt: skip
+            tables = self.model.rotary_emb(self.x, position_ids=positions)
+            # The class's own forward: the instance has ours.
+            out: Tensor = type(module).forward(
+                module, self.x, tables, mask, past_key_values=self.theirs, position_ids=positions
+            )[0]
+            self.theirs.crop(-self.tokens)
+            return out
+
+        return run
+
+    def cores(self) -> dict[str, Callable[[], Tensor]]:
+        """Head outputs from projected queries, one new token."""
+        from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as modeling
+
+        from glm5_hal import ops
+
+        module = self.model.layers[0].self_attn
+        ours, keys = module._glm5_hal, self.theirs.layers[0]
+        dtype, held = self.x.dtype, self.paged.latent[0][0]
+        q_nope, q_rope = torch.randn(1, 64, 192).to(dtype), torch.randn(1, 64, 64).to(dtype)
+        chosen = torch.randperm(self.cached)[:2048].sort().values.int()[None]
+        table, lens = self.paged.block_table, torch.tensor([self.cached], dtype=torch.int32)
+        cu, w_uk = torch.tensor([0, 1], dtype=torch.int32), ours.weights["w_uk"]
+        apart = torch.cat([torch.arange(0, 64, 2), torch.arange(1, 64, 2)])
+        query = torch.cat([q_nope, q_rope[..., apart]], -1)[:, :, None]
+
+        def absorbed() -> Tensor:
+            q = torch.cat([torch.matmul(q_nope.transpose(0, 1), w_uk).transpose(0, 1), q_rope], -1)
+            z, _ = ops.sparse_mla(q, held, chosen, table, lens, cu, scale=0.0625, kv_lora_rank=512)
+            return torch.matmul(z.transpose(0, 1), ours.w_uv).transpose(0, 1).flatten()
+
+        def expanded(attend: Callable[..., Any]) -> Callable[[], Tensor]:
+            def run() -> Tensor:
+                k, v = module.expand_kv(keys.keys, keys.values)
+                away = chosen.new_ones((1, 1, self.cached), dtype=torch.bool).scatter(-1, chosen[None].long(), False)
+                mask = torch.zeros(1, 1, 1, self.cached, dtype=dtype).masked_fill(away[:, None], torch.finfo(dtype).min)
+                out: Tensor = attend(module, query, k, v, mask, scaling=0.0625)[0]
+                return out.flatten()
+
+            return run
+
+        sdpa = modeling.ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return {"eager": expanded(modeling.eager_attention_forward), "sdpa": expanded(sdpa), "ours": absorbed}
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+def least(calls: dict[str, Callable[[], Tensor]], repeat: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """ms of each call, and its result."""
+    results = {way: call() for way, call in calls.items()}
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(repeat):
+        for way, call in calls.items():
+            start = time.perf_counter()
+            call()
+            best[way] = min(best[way], 1e3 * (time.perf_counter() - start))
+    return best, results
+
+
+def result(what: str, dtype: torch.dtype, calls: dict[str, Callable[[], Tensor]], repeat: int) -> Result:
+    ms, outs = least(calls, repeat)
+    theirs = outs["eager"].float()
+    difference = float((outs["ours"].float() - theirs).norm() / theirs.norm())
+    return Result(what, str(dtype)[6:], ms, min(ms["eager"], ms["sdpa"]) / ms["ours"], difference)
+
+
+def turns(block: Block) -> dict[str, Callable[[], Tensor]]:
+    """Each way's pass over the same weights, inputs and cached tokens."""
+    return {way: block.prepared(way) for way in WAYS}
+
+
+def limits(repeat: int) -> dict[str, float]:
+    """This machine: GB/s of reading, and GFLOP/s of torch's own product."""
+    data = torch.ones(1 << 27)
+    measured = {"read_GB_s": 4 * data.numel() / least({"sum": data.sum}, repeat)[0]["sum"] / 1e6}
+    for dtype in (torch.bfloat16, torch.float32):
+        a = torch.randn(2048, 2048).to(dtype)
+        ms = least({"mm": lambda a=a: a @ a}, repeat)[0]["mm"]  # type: ignore[misc]
+        measured[f"mm_{str(dtype)[6:]}_GFLOP_s"] = 2 * 2048**3 / ms / 1e6
+    return measured
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def growth(way: str, dtype: torch.dtype) -> float:
+    """MB by which one prefill pushes this process's memory up."""
+    small = Block(dtype, 16, 0)
+    small.prepared(way)()
+    block = Block(dtype, PREFILL, 0)
+    run = block.prepared(way)
+    del small
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")  # the peak starts from here
+    before = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def growths(dtype: str, threads: int) -> dict[str, float]:
+    found = {}
+    for way in WAYS:
+        command = [sys.executable, __file__, "--growth", way, "--dtype", dtype, "--threads", str(threads)]
+        found[way] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--growth", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    with torch.no_grad():
+        if options.growth:
+            print(growth(options.growth, dtype))
+            return
+        report(options, dtype)
+
+
+def report(options: argparse.Namespace, dtype: torch.dtype) -> None:
+    decode = Block(dtype, 1, CACHED)
+    rows = [
+        result(f"core, 1 token, {CACHED} cached", dtype, decode.cores(), options.repeat),
+        result(f"block, 1 token, {CACHED} cached", dtype, turns(decode), options.repeat),
+    ]
+    weights = sum(p.numel() * p.element_size() for p in decode.model.layers[0].self_attn.parameters())
+    del decode
+    rows.append(result(f"block, prefill of {PREFILL}", dtype, turns(Block(dtype, PREFILL, 0)), 1))
+    memory = growths(options.dtype, options.threads)
+    machine = limits(options.repeat)
+    bound = weights / machine["read_GB_s"] / 1e6
+    if options.json:
+        print(
+            json.dumps({"rows": [asdict(r) for r in rows], "prefill_MB": memory, "machine": machine, "bound_ms": bound})
+        )
+        return
+    for row in rows:
+        times = "  ".join(f"{way} {ms:8.2f} ms" for way, ms in row.ms.items())
+        print(f"{row.what:28} {row.dtype:9} {times}  {row.ratio:6.1f}x  differ by {row.difference:.1e}")
+    print(f"peak of the prefill, MB      {options.dtype:9} " + "  ".join(f"{w} {mb:11.0f}" for w, mb in memory.items()))
+    print(f"the block's weights at {machine['read_GB_s']:.1f} GB/s: {bound:.1f} ms; products: {machine}")
+
+
+if __name__ == "__main__":
+    main()
