@@ -43,7 +43,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
         from glm5_hal.integrations.transformers.models import applied
 
         super().__init__(layers=[])
-        self.layout: Layout = model if isinstance(model, Layout) else applied(model).layout
+        self.layout: memory.Layout = model if isinstance(model, memory.Layout) else applied(model).layout
         self.latent: list[tuple[Tensor, ...]] = []
         self.index: list[Tensor | None] = []
         self._keep = keep
