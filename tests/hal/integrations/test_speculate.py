@@ -172,6 +172,32 @@ def test_statistics_are_by_place_in_the_round() -> None:
     assert found.passes < NEW
 
 
+@pytest.mark.parametrize("mask", [LEFT, RIGHT, HOLES], ids=["left", "right", "holes"])
+def test_the_draft_layer_sees_every_token_with_the_models_hidden_state_before_it(
+    mask: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round by round and whatever was guessed: t_{i+1} beside h_i, for all but the last round's tokens."""
+    small, mtp = pair("shared", seed=3, noise=0.03)
+    ids, guess = tokens(3, COLUMNS, seed=3), speculating.guess
+    seen: list[list[tuple[Tensor, Tensor]]] = [[], [], []]
+
+    def watched(mtp: Mtp, new: Any, *args: Any) -> Any:
+        if len(new.ids) == 3:
+            for row, *given in zip(seen, new.ids, new.hidden, new.real, strict=True):
+                row.append((given[0][given[2]], given[1][given[2]]))
+        return guess(mtp, new, *args)
+
+    monkeypatch.setattr(speculating, "guess", watched)
+    found = speculate(small, mtp, ids, attention_mask=mask, max_new_tokens=NEW)
+    for row, prompt, real, made in zip(seen, ids, mask.bool(), found.sequences[:, COLUMNS:], strict=True):
+        text, (given, hidden) = torch.cat([prompt[real], made]), (torch.cat(x) for x in zip(*row, strict=True))
+        assert len(given) > real.sum() + 8
+        assert torch.equal(given, text[1 : len(given) + 1])
+        with torch.no_grad():
+            expected = small.model(text[None, : len(given)]).last_hidden_state[0]
+        torch.testing.assert_close(hidden, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("share", [False, True])
 def test_hidden_states_are_passed_on_as_agreed(share: bool) -> None:
     """A draft layer that looks at nothing but the hidden state is always right if it gets the model's after its last
