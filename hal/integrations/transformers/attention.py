@@ -20,12 +20,16 @@ from glm5_hal.state import Prepared, prepare
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """What a pass hands from layer to layer beside the hidden states."""
+    """What a pass hands from layer to layer beside the hidden states.
+
+    ``reuse`` says that layers take the choice of keys they are given, also those that have an indexer.
+    """
 
     step: Step
     cache: PagedCache
     cos: Tensor
     sin: Tensor
+    reuse: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +65,7 @@ class Indexer:
         return chosen
 
     def write(self, x: Tensor, at: Pass, layer: int) -> None:
-        """Write the keys of ``x [T, E]`` only: all keys will be attended to, but later tokens will choose."""
+        """Write the keys of ``x [T, E]`` only: nothing is chosen now, but later tokens will choose."""
         w, rotary = self.weights, 2 * at.cos.shape[-1]
         k = functional.linear(x, w["w_k"])
         k = functional.layer_norm(
@@ -105,10 +109,11 @@ class Attention:
         else:
             q, q_c = self._absorbed_queries(x, at)
             heads = None
-        if self.indexer is not None:
-            chosen = self.indexer.select(x, q_c, at, self.layer) if sparse else None
-            if not sparse:
-                self.indexer.write(x, at, self.layer)
+        if self.indexer is not None and sparse and not at.reuse:
+            chosen = self.indexer.select(x, q_c, at, self.layer)
+        elif self.indexer is not None:
+            self.indexer.write(x, at, self.layer)
+            chosen = chosen if sparse else None
         if heads is None:
             heads = self._absorbed(q, at, chosen)
         return functional.linear(heads.flatten(1), self.w_o), chosen

@@ -28,7 +28,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
     Grows as it is used. Compiled code cannot grow it: give ``batch_size`` and ``max_length``, or call `reserve`, first.
 
     Args:
-        model: the model, or its inner decoder.
+        model: the model, its inner decoder, or the layout of a cache for something else.
         batch_size, max_length: rows and tokens per row to reserve room for; 0 leaves both open.
         keep: whether what is written is needed after the pass; if not, one layer's memory serves all.
 
@@ -43,7 +43,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
         from glm5_hal.integrations.transformers.models import applied
 
         super().__init__(layers=[])
-        self.layout = applied(model).layout
+        self.layout: memory.Layout = model if isinstance(model, memory.Layout) else applied(model).layout
         self.latent: list[tuple[Tensor, ...]] = []
         self.index: list[Tensor | None] = []
         self._keep = keep
@@ -126,7 +126,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
     def advance(self, step: Step) -> None:
         """Count a pass that has run: its tokens are in the cache now."""
         if step.real is not None:
-            self._real = torch.cat([self._columns(), step.real], 1)
+            self._real = torch.cat([self.mask, step.real], 1)
             self._pads = self._pads + step.columns - step.real.sum(1)
             self._pads_host = tuple(self._pads.tolist())
         self.seen = self.seen + step.columns
@@ -195,6 +195,24 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
         if self._pages.shared:  # it may reach back into a page that another row reads
             self._ready = 0
 
+    def crop_rows(self, lengths: Tensor) -> None:
+        """Keep each row's first ``lengths [B]`` tokens. Its columns are then those of a batch padded on the left."""
+        kept, held = lengths.tolist(), [self.seen - p for p in self._pads_host]
+        if len(kept) != len(held) or not all(0 <= n <= h for n, h in zip(kept, held, strict=True)):
+            refuse(
+                "VALUE",
+                f"crop_rows({kept}): the rows hold {held} tokens",
+                value=kept,
+                fix="give every row a length between 0 and what it holds",
+            )
+        self.seen = max(kept, default=0)
+        self._pads, self._pads_host = self.seen - lengths.to(self.layout.device), tuple(self.seen - n for n in kept)
+        self._real = (
+            torch.arange(self.seen, device=self._pads.device) >= self._pads[:, None] if any(self._pads_host) else None
+        )
+        if self._pages.shared:  # as in crop
+            self._ready = 0
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._take(beam_idx)
 
@@ -206,6 +224,13 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
 
     def activate_past_recording(self) -> None:
         """Nothing to do: every column can be forgotten again."""
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, seen]: which columns so far hold a real token."""
+        known = 0 if self._real is None else self._real.shape[1]
+        later = torch.ones(self.batch_size, self.seen - known, dtype=torch.bool, device=self.layout.device)
+        return later if self._real is None else torch.cat([self._real, later], 1)
 
     @property
     def batch_size(self) -> int:
@@ -233,12 +258,6 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
             self._pads = torch.zeros(batch, dtype=torch.int64, device=self.layout.device)
         self._table()
 
-    def _columns(self) -> Tensor:
-        """[B, seen]: which columns so far are real."""
-        known = 0 if self._real is None else self._real.shape[1]
-        later = torch.ones(self.batch_size, self.seen - known, dtype=torch.bool, device=self.layout.device)
-        return later if self._real is None else torch.cat([self._real, later], 1)
-
     def _new_columns(self, batch: int, columns: int, mask: Tensor | None) -> Tensor | None:
         """[B, S]: which new columns are real; None if all are."""
         if mask is None:
@@ -262,7 +281,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
             known = 0 if self._real is None else self._real.shape[1]
             torch._assert_async(mask[:, known:].all(), "compiled passes take no new padding")
             return None
-        if not torch.equal(mask[:, : self.seen], self._columns()):
+        if not torch.equal(mask[:, : self.seen], self.mask):
             refuse(
                 "VALUE",
                 "attention_mask calls tokens of earlier passes padding that were real then, or the other way round",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -94,6 +95,12 @@ def not_packed(position_ids: Tensor) -> None:
     """transformers reads positions that do not count up, without mask and cache, as several packed sequences."""
     if position_ids.shape[-1] > 1 and not bool((position_ids.diff(dim=-1) == 1).all()):
         _no("position_ids that do not count up, with neither mask nor cache", "packed sequences are not supported")
+
+
+def listing(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    ordered = sorted(names)
+    return ", ".join([*ordered[:8], *([f"and {len(ordered) - 8} more"] if len(ordered) > 8 else [])])
 
 
 def _no(what: str, why: str) -> None:

@@ -47,7 +47,7 @@ def decoder(
     if position_ids is not None and mask is None and past_key_values is None and not use_cache:
         checks.not_packed(position_ids)
     cache = _cache(self, past_key_values, use_cache)
-    at = _pass(self, cache, B, S, mask, position_ids)
+    at = begin(self.rotary_emb, cache, B, S, mask, position_ids)
     chosen = None
     with active(at.step):
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
@@ -72,13 +72,14 @@ def _cache(self: Any, given: Any, use_cache: bool | None) -> PagedCache:
     return given
 
 
-def _pass(self: Any, cache: PagedCache, B: int, S: int, mask: Tensor | None, position_ids: Tensor | None) -> Pass:
+def begin(rotary: Any, cache: PagedCache, B: int, S: int, mask: Tensor | None, position_ids: Tensor | None) -> Pass:
+    """The step of a pass over ``[B, S]`` tokens, and its rotary tables. The cache must be advanced when it has run."""
     step = cache.step(B, S, mask)
     if position_ids is None:
         position_ids = torch.arange(S, device=step.slots.device)[None] + cache.seen
     positions = step.take(position_ids.to(step.slots.device).expand(B, S).flatten())
     wide = torch.float64 if cache.layout.dtype == torch.float64 else torch.float32
-    return Pass(step, cache, *rope.tables(self.rotary_emb, positions, wide))
+    return Pass(step, cache, *rope.tables(rotary, positions, wide))
 
 
 def _policy(self: Any, i: int, compiling: bool) -> Any:

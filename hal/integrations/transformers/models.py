@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek_v32
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm_moe_dsa
 
@@ -25,6 +25,9 @@ DECODERS = {glm_moe_dsa.GlmMoeDsaModel: False, deepseek_v32.DeepseekV32Model: Tr
 #: Where an applied decoder keeps what `Applied` says, and a module what its forward needs.
 KEY = "_glm5_hal"
 
+#: A parameter that weights were derived from: its name, itself, its state then.
+Source = tuple[str, Tensor, tuple[Any, ...]]
+
 
 @dataclass(frozen=True, eq=False)
 class Applied:
@@ -38,18 +41,11 @@ class Applied:
 
     layout: Layout
     policies: Mapping[int, str]
-    sources: tuple[tuple[str, Tensor, tuple[Any, ...]], ...]
+    sources: tuple[Source, ...]
 
     def check_sources(self) -> None:
         """Raises HalError where a parameter was written, moved or converted since."""
-        for name, parameter, before in self.sources:
-            if _state(parameter) != before:
-                raise HalError(
-                    "CONTRACT",
-                    f"{name} has changed since apply(model), which derived other weights from it",
-                    value=name,
-                    fix="call apply(model) again after loading, moving or converting weights",
-                )
+        check_unchanged(self.sources, again="apply(model)")
 
 
 def apply(
@@ -96,9 +92,9 @@ def apply(
     with torch.no_grad():
         for i, layer in enumerate(decoder.layers):
             with context.use(texts.get(i)):
-                _install(layer, i, decoder)
+                install(layer, i, decoder)
     _set(decoder.norm, forwards.norm, decoder.norm.variance_epsilon)
-    _set(decoder, forwards.decoder, Applied(layout, texts, tuple(_sources(decoder))))
+    _set(decoder, forwards.decoder, Applied(layout, texts, tuple(sources(decoder.layers, "layers"))))
     if model is not decoder:
         model.__dict__["_prepare_cache_for_generation"] = MethodType(forwards.prepare_cache, model)
     return model
@@ -134,7 +130,8 @@ def applied(model: Any) -> Applied:
     return found  # type: ignore[no-any-return]
 
 
-def _install(layer: Any, i: int, decoder: Any) -> None:
+def install(layer: Any, i: int, decoder: Any) -> None:
+    """Let a layer, one of the decoder's kind, run through the operators. ``i`` is its place in the cache."""
     backend, half = _backend(decoder), DECODERS[type(decoder)]
     top_k = decoder.config.index_topk
     _set(
@@ -186,11 +183,23 @@ def _policies(texts: Mapping[int, str], layers: int) -> dict[int, str]:
     return dict(texts)
 
 
-def _sources(decoder: Any) -> Iterator[tuple[str, Tensor, tuple[Any, ...]]]:
-    """Everything but the embedding and the norms of the layers, which are read where they are."""
-    for name, tensor in [*decoder.layers.named_parameters(), *decoder.layers.named_buffers()]:
-        if "layernorm" not in name or "_a_layernorm" in name:
-            yield f"layers.{name}", tensor, _state(tensor)
+def sources(layers: nn.Module, name: str) -> Iterator[Source]:
+    """Everything but the norms of layers, which are read where they are."""
+    for path, tensor in [*layers.named_parameters(), *layers.named_buffers()]:
+        if "layernorm" not in path or "_a_layernorm" in path:
+            yield f"{name}.{path}", tensor, _state(tensor)
+
+
+def check_unchanged(sources: Iterable[Source], *, again: str) -> None:
+    """Raises HalError where a parameter was written, moved or converted since; ``again`` derives weights anew."""
+    for name, parameter, before in sources:
+        if _state(parameter) != before:
+            raise HalError(
+                "CONTRACT",
+                f"{name} has changed since {again}, which derived other weights from it",
+                value=name,
+                fix=f"call {again} again after loading, moving or converting weights",
+            )
 
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:

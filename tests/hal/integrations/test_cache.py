@@ -164,3 +164,41 @@ def test_a_crop_is_counted_as_transformers_counts_it(small: Any) -> None:
     assert cache.get_seq_length() == COLUMNS
     cache.crop(-100)
     assert cache.get_seq_length() == 0
+
+
+def test_rows_may_be_cropped_to_lengths_of_their_own(small: Any) -> None:
+    """As speculative decoding does, where one request accepts more tokens than another."""
+    ids, more, kept = tokens(3, COLUMNS), tokens(3, 4, seed=1), [20, 9, 13]
+    cache = PagedCache(small)
+    run(small, cache, batch=3)
+    cache.crop_rows(torch.tensor(kept))
+    assert cache.get_seq_length() == 20
+    assert cache.mask.sum(1).tolist() == kept
+    with torch.no_grad():
+        found = small(
+            more,
+            past_key_values=cache,
+            attention_mask=torch.cat([cache.mask, torch.ones(3, 4)], 1),
+            position_ids=torch.tensor(kept)[:, None] + torch.arange(4),
+        ).logits
+        for r, n in enumerate(kept):
+            expected = small(torch.cat([ids[r : r + 1, :n], more[r : r + 1]], 1)).logits[:, n:]
+            torch.testing.assert_close(found[r : r + 1], expected, atol=1e-5, rtol=0)
+
+
+def test_a_crop_to_equal_lengths_needs_no_mask_and_gives_back_columns(small: Any) -> None:
+    mask = torch.ones(2, COLUMNS)
+    mask[0, 5:] = 0
+    cache = PagedCache(small)
+    run(small, cache, attention_mask=mask)
+    cache.crop_rows(torch.tensor([4, 4]))
+    assert cache.get_seq_length() == 4
+    run(small, cache, columns=1)
+
+
+def test_a_row_cannot_be_cropped_to_more_than_it_holds(small: Any) -> None:
+    cache = PagedCache(small)
+    run(small, cache)
+    for lengths in ([20, 21], [-1, 3], [3]):
+        assert refused(cache.crop_rows, torch.tensor(lengths)) == "VALUE"
+    assert cache.get_seq_length() == COLUMNS
