@@ -16,10 +16,11 @@ import torch
 from glm5_hal import context, ops
 from glm5_hal.backend import Device, Unavailable
 from glm5_hal.capability import Rejected
-from glm5_hal.conformance import oracle
+from glm5_hal.conformance import oracle, relations
 from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.checks import CHECKS
 from glm5_hal.conformance.inputs import Draw, digest
+from glm5_hal.conformance.relations import Relation
 from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.trial import Expected, Finding, Trial, same_bits
 from glm5_hal.errors import HalError, suggest
@@ -110,6 +111,9 @@ def _prepared(case: Case, seed: int) -> Subject | HalError:
 
 def subject_of(case: Case, seed: int) -> Subject:
     """Draw a case's inputs and compute what is expected of them."""
+    if case.relation is not None:
+        args = case.relation.inputs(Draw(seed, case.id), case.dtype)
+        return Subject(case, Inputs(args), None, digest(args), seed)
     inputs = case.spec.inputs(case.sample, case.dtype, Draw(seed, case.id if case.bad is None else case.op))
     if case.bad is not None:
         return Subject(case, inputs, None, digest(inputs.args), seed)
@@ -162,6 +166,8 @@ def _raised(problem: BaseException) -> dict[str, Any]:
 
 def _judge(subject: Subject, target: Target) -> dict[str, Any]:
     case = subject.case
+    if case.relation is not None:
+        return _judge_relation(subject, case.relation, target)
     op = getattr(ops, case.op)
     with context.use(target.policy), torch.inference_mode():
         placed = {k: v.to(target.device) if isinstance(v, torch.Tensor) else v for k, v in subject.inputs.args.items()}
@@ -178,6 +184,28 @@ def _judge(subject: Subject, target: Target) -> dict[str, Any]:
         device, facts = target.device, target.facts.facts
         trial = Trial(case, subject.inputs, kernel, op, device, subject.expected, facts, subject.other)
         return found | _checked(trial)
+
+
+def _judge_relation(subject: Subject, relation: Relation, target: Target) -> dict[str, Any]:
+    found = {"kernel": target.policy, "inputs": subject.digest}
+    args = {k: v.to(target.device) if isinstance(v, torch.Tensor) else v for k, v in subject.inputs.args.items()}
+    with context.use(target.policy), torch.inference_mode():
+        try:
+            finding = relations.judge(relation, ops, args)
+        except HalError as refusal:
+            if refusal.code != "NO_KERNEL":
+                raise
+            step = refusal.trace[0].decision if refusal.trace else None
+            code, detail = (step.code, step.detail) if isinstance(step, Rejected) else ("NOT_IMPLEMENTED", refusal.what)
+            return found | {"kernel": "", "verdict": "UNSUPPORTED", "code": code, "detail": detail}
+    return found | {
+        "verdict": "PASS" if finding.ok else "FAIL",
+        "code": "" if finding.ok else relations.GROUP,
+        "detail": finding.detail,
+        "errors": finding.errors,
+        "budget": finding.budget,
+        "checks": {relations.GROUP: "ok" if finding.ok else f"failed: {finding.detail}"},
+    }
 
 
 class _Recorder:

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from glm5_hal.conformance.checks import accuracy, batch, form, fresh, integrity, layout, plan, poison, rerun
+from glm5_hal.conformance.checks import (
+    accuracy,
+    alias,
+    batch,
+    form,
+    fresh,
+    integrity,
+    layout,
+    nonfinite,
+    plan,
+    poison,
+    provenance,
+    rerun,
+    threads,
+    workspace,
+)
 from glm5_hal.conformance.trial import Finding, Trial
 
 CHECKS: Mapping[str, Callable[[Trial], Finding]] = {
@@ -17,4 +32,9 @@ CHECKS: Mapping[str, Callable[[Trial], Finding]] = {
     "layout": layout.check,
     "plan": plan.check,
     "batch": batch.check,
+    "workspace": workspace.check,
+    "alias": alias.check,
+    "nonfinite": nonfinite.check,
+    "threads": threads.check,
+    "provenance": provenance.check,
 }
