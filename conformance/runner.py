@@ -285,11 +285,13 @@ def _judge_bad(subject: Subject, op: Any, placed: dict[str, Any], device: str) -
     """
     bad = subject.case.bad
     assert bad is not None
-    spoilt = bad.spoil(dict(placed))
+    with torch.inference_mode(False):  # which a tensor that asks for a gradient cannot come from
+        spoilt = bad.spoil(dict(placed))
     watched = {k: v for k, v in {**placed, **_prefixed(spoilt)}.items() if _readable(v)}
     before = {k: v.clone() for k, v in watched.items()}
     try:
-        with context.use(check=None if device.split(":")[0] == "cpu" else "values"):
+        checked = context.use(check=None if device.split(":")[0] == "cpu" else "values")
+        with checked, torch.inference_mode(False), torch.enable_grad():
             op(**spoilt)
         problem = f"accepted; it should raise HalError({bad.code})"
     except HalError as refusal:

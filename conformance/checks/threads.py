@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from glm5_hal import context
 from glm5_hal.conformance.checks.accuracy import judge
 from glm5_hal.conformance.checks.rerun import first_difference
 from glm5_hal.conformance.intercept import Around, operations
@@ -119,13 +120,15 @@ class Turns:
 
 
 def _forks(trial: Trial) -> bool:
-    """Once per op, on the CPU. A composite's parts are tried by themselves: the dispatcher starts afresh in a child."""
-    on_cpu = trial.device.split(":")[0] == "cpu" and hasattr(os, "fork")
-    return on_cpu and trial.case.first and trial.kernel.provider != "composite"
+    """Once per op, on the CPU: no device's driver survives a fork."""
+    return trial.case.first and trial.device.split(":")[0] == "cpu" and hasattr(os, "fork")
 
 
 def _after_fork(trial: Trial) -> Finding:
+    catalogue = context.catalogue()
+
     def answer() -> str:
+        context._process.catalogue = catalogue  # what is installed is looked for anew after a fork
         torch.set_num_threads(1)  # a pool of threads does not survive a fork, and that is not the kernel's doing
         placed = trial.place(trial.inputs.args)
         run = trial.bring_back(trial.kernel.fn(**placed), placed)
