@@ -82,7 +82,7 @@ def _noting(entered: Counter[CodeType]) -> Iterator[None]:
 def _forbidden(trial: Trial) -> dict[CodeType, str]:
     """What a kernel of this op must not enter, in words."""
     name, own = trial.spec.name, trial.kernel
-    found: dict[CodeType | None, str] = {}
+    found: dict[CodeType | None, str] = {code_of(fn): "the suite's oracle" for fn in (oracle.truth, oracle.emulation)}
     for op, spec in ops.specs().items():
         if not spec.composite:  # a composite's body runs whenever another op's kernel calls the composite
             found[code_of(spec.reference)] = f"glm5_hal's reference of {op}"
@@ -90,8 +90,8 @@ def _forbidden(trial: Trial) -> dict[CodeType, str]:
             found[code_of(spec.emulate)] = f"glm5_hal's emulation of {op}"
     if own.provider != "composite":
         found[code_of(trial.spec.reference)] = f"glm5_hal's reference of {name}"
-    for fn in (oracle.truth, oracle.emulation, references.reference_of, references.loosest(_nothing)):
-        found.setdefault(code_of(fn), "the suite's oracle")
+    for fn in (references.reference_of, references.loosest(_nothing)):
+        found.setdefault(code_of(fn), "glm5_hal's references")
     for whose, kernel in _kernels_of(name):
         if kernel.provider != "composite":
             found.setdefault(code_of(kernel.fn), f"{whose}:{kernel.provider}, another kernel of {name}")

@@ -50,7 +50,7 @@ def of_another_ops_reference(a: Args) -> Any:
         (of_reference, "runs glm5_hal's reference of rms_norm"),
         (of_shared_kernel, "runs backends._torch:torch, another kernel of rms_norm"),
         (of_oracle, "runs the suite's oracle"),
-        (of_another_ops_reference, "runs glm5_hal's reference of rms_norm"),
+        (of_another_ops_reference, "runs glm5_hal's reference of add_rms_norm"),
     ],
 )
 def test_a_wrapper_is_caught_by_this_check_alone(wrapper: Callable[[Args], Any], what: str) -> None:
