@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from glm5_hal.conformance import relations
 from glm5_hal.conformance.bad_inputs import bad_inputs
@@ -16,16 +17,22 @@ from glm5_hal.spec import LEVELS, BadInput, OpSpec, Sample
 @dataclass(frozen=True)
 class Case:
     """One op at one sample in one dtype; with ``bad``, one bad input that must be refused; and where ``op`` is
-    "metamorphic", the relation between ops that the sample names."""
+    "metamorphic", the relation between ops that the sample names. Inputs are drawn, or come from ``file``."""
 
     op: str
     dtype: str
     sample: Sample
     bad: BadInput | None = None
+    file: str = ""
 
     @property
     def id(self) -> str:
         return f"{self.op}[error-{self.bad.id}]" if self.bad else f"{self.op}[{self.dtype}-{self.sample.id}]"
+
+    @property
+    def argument(self) -> str:
+        """What makes ``conformance run`` take this case."""
+        return f"--replay {shlex.quote(self.file)}" if self.file else f"--case '{self.id}'"
 
     @property
     def relation(self) -> relations.Relation | None:
@@ -94,5 +101,8 @@ def _of_op(spec: OpSpec, level: str) -> Iterator[Case]:
                 yield Case(spec.name, dtype, sample)
     if "float64" in spec.dtypes.get("F", ()):  # a kernel that takes it must not compute in less
         yield Case(spec.name, "float64", good)
+    if level == "full":
+        compiled = replace(good, id="compiled", level="full", tags=good.tags | {"compile"}, dtypes=good.dtypes[:1])
+        yield Case(spec.name, good.dtypes[0], compiled)
     for bad in bad_inputs(spec):
         yield Case(spec.name, good.dtypes[0], good, bad)

@@ -29,6 +29,9 @@ def run(
     level: Level = "smoke",
     op: Ops = None,
     case: Annotated[list[str] | None, typer.Option(help="Only this case, whatever its level. May be repeated.")] = None,
+    replay: Annotated[
+        list[Path] | None, typer.Option(help="Only this call of your own, a safetensors file. May be repeated.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Device to run on, as torch names it (cuda:1).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the inputs; a customer may choose a fresh one.", min=0)] = 0,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl and junit.xml.")] = Path("conformance-out"),
@@ -40,11 +43,15 @@ def run(
     device is not available.
     """
     from glm5_hal.conformance import cases as all_cases
+    from glm5_hal.conformance import replay as replaying
     from glm5_hal.conformance import runner
     from glm5_hal.conformance.results import succeeded
 
     judged = runner.targets(backend, device)
-    chosen = all_cases.find(case) if case else list(all_cases.cases(level, op or ("*",)))
+    if case or replay:
+        chosen = all_cases.find(case or []) + [replaying.case(file) for file in replay or []]
+    else:
+        chosen = list(all_cases.cases(level, op or ("*",)))
     results = _run(chosen, judged, seed, out, show=not as_json)
     _print(results, out, as_json)
     raise typer.Exit(0 if succeeded(results) else 1)

@@ -114,6 +114,8 @@ def subject_of(case: Case, seed: int) -> Subject:
     if case.relation is not None:
         args = case.relation.inputs(Draw(seed, case.id), case.dtype)
         return Subject(case, Inputs(args), None, digest(args), seed)
+    if case.file:
+        return _subject_of_file(case, seed)
     inputs = case.spec.inputs(case.sample, case.dtype, Draw(seed, case.id if case.bad is None else case.op))
     if case.bad is not None:
         return Subject(case, inputs, None, digest(inputs.args), seed)
@@ -121,6 +123,14 @@ def subject_of(case: Case, seed: int) -> Subject:
     other = case.spec.inputs(case.sample, case.dtype, Draw(seed, f"{case.id} other")).args
     alike = all(_alike(inputs.args[k], v) for k, v in other.items())
     return Subject(case, inputs, expected, digest(inputs.args), seed, other if alike else None)
+
+
+def _subject_of_file(case: Case, seed: int) -> Subject:
+    from glm5_hal.conformance import replay
+
+    _, args = replay.load(case.file)
+    expected = Expected(oracle.truth(case.spec, args), oracle.emulation(case.spec, args))
+    return Subject(case, Inputs(args), expected, digest(args), seed)
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -142,7 +152,7 @@ def run_case(subject: Subject | HalError, case: Case, target: Target, seed: int,
         "dtype": case.dtype,
         "level": case.sample.level,
         "seed": seed,
-        "repro": f"glm5-hal conformance run --backend {target.policy} --case '{case.id}' --seed {seed}",
+        "repro": f"glm5-hal conformance run --backend {target.policy} {case.argument} --seed {seed}",
     }
     try:
         if isinstance(subject, HalError):

@@ -8,8 +8,10 @@ from glm5_hal.conformance.checks import (
     accuracy,
     alias,
     batch,
+    compiled,
     form,
     fresh,
+    graph,
     integrity,
     layout,
     nonfinite,
@@ -36,5 +38,7 @@ CHECKS: Mapping[str, Callable[[Trial], Finding]] = {
     "alias": alias.check,
     "nonfinite": nonfinite.check,
     "threads": threads.check,
+    "graph": graph.check,
+    "compiled": compiled.check,
     "provenance": provenance.check,
 }
