@@ -65,17 +65,23 @@ def cases(level: str = "smoke", only: Sequence[str] = ("*",)) -> Iterator[Case]:
     """Every case of a level (levels are cumulative) whose op matches one of the globs ``only``."""
     if level not in LEVELS:
         raise HalError("CONFIG", f"no level {level!r}", value=level, fix=suggest(level, LEVELS))
-    known = [*specs(), relations.GROUP]
-    for pattern in only:
-        if not fnmatch.filter(known, pattern):
-            raise HalError("UNKNOWN", f"no op matches {pattern!r}", value=pattern, fix=suggest(pattern, known))
+    named = ops_named(only, relations.GROUP)
     for name, spec in specs().items():
-        if any(fnmatch.fnmatch(name, pattern) for pattern in only):
+        if name in named:
             yield from _of_op(spec, level)
-    if any(fnmatch.fnmatch(relations.GROUP, pattern) for pattern in only):
+    if relations.GROUP in named:
         for relation in relations.RELATIONS:
             for dtype in (sample := Sample(relation.name, {})).dtypes:
                 yield Case(relations.GROUP, dtype, sample)
+
+
+def ops_named(only: Sequence[str], *more: str) -> list[str]:
+    """The ops, and the other names, that match one of these globs. Raises HalError("UNKNOWN") for one without match."""
+    known = [*specs(), *more]
+    for pattern in only:
+        if not fnmatch.filter(known, pattern):
+            raise HalError("UNKNOWN", f"no op matches {pattern!r}", value=pattern, fix=suggest(pattern, known))
+    return [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in only)]
 
 
 def find(case_ids: Sequence[str]) -> list[Case]:

@@ -103,6 +103,42 @@ def _print(results: list[Result], out: Path, as_json: bool) -> None:
     console.print(f"Written: {out / 'results.jsonl'}, {out / 'junit.xml'}", markup=False, highlight=False)
 
 
+@app.command()
+def fuzz(
+    backend: Annotated[str, typer.Option(help="B or B:provider.")] = "cpu:torch",
+    op: Ops = None,
+    examples: Annotated[int, typer.Option(help="New cases per op; 0 tries the corpus alone.", min=0)] = 100,
+    corpus: Annotated[Path, typer.Option(help="Folder of the cases that have failed.")] = Path("conformance-corpus"),
+    device: Annotated[str | None, typer.Option(help="Device to run on, as torch names it (cuda:1).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of shapes and inputs.", min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl and junit.xml.")] = Path("conformance-out"),
+    as_json: Json = False,
+) -> None:
+    """Judge random shapes, lengths and options of every op. What fails is made small, kept in the corpus and tried
+    first the next time. Needs Hypothesis: pip install 'glm5-hal[fuzz]'.
+
+    Exit codes as of run.
+    """
+    import torch
+
+    from glm5_hal.conformance import fuzz as fuzzing
+    from glm5_hal.conformance import report, runner
+    from glm5_hal.conformance.cases import ops_named
+    from glm5_hal.conformance.results import succeeded
+
+    torch.set_num_threads(1)
+    results = []
+    with report.sink(out) as lines, report.kernels_print_to_stderr():
+        for target in runner.targets(backend, device):
+            for name in ops_named(op or ("*",)):
+                for result in fuzzing.run(target, name, examples, seed, corpus):
+                    lines.write(result.as_json() + "\n")
+                    results.append(result)
+    report.write_junit(results, out / "junit.xml")
+    _print(results, out, as_json)
+    raise typer.Exit(0 if succeeded(results) else 1)
+
+
 @app.command("list")
 def list_cases(level: Level = "full", op: Ops = None, as_json: Json = False) -> None:
     """List the case ids of a level (levels are cumulative)."""

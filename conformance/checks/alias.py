@@ -36,9 +36,9 @@ def check(trial: Trial) -> Finding:
         run, judged = trial.bring_back(returned, placed), trial
         if not as_first and not problem:
             judged = _on(trial, private)
-        finding = replace(judge(judged, run), mistrusted=False)
-        if problem or not finding.ok:
-            return replace(finding, ok=False, detail=f"with {what}: {problem or finding.detail}")
+        finding = judge(judged, run)
+        if problem or not (finding.ok or finding.mistrusted):
+            return replace(finding, ok=False, mistrusted=False, detail=f"with {what}: {problem or finding.detail}")
     return Finding(True)
 
 

@@ -47,7 +47,7 @@ def check(trial: Trial) -> Finding:
             different = _difference(trial, run, part)
             if different:
                 return Finding(False, f"{part.what}: {different}")
-        elif not (finding := replace(judge(trial, _put_back(trial, run, part)), mistrusted=False)).ok:
+        elif not (finding := judge(trial, _put_back(trial, run, part))).ok and not finding.mistrusted:
             return replace(finding, detail=f"{part.what}: {finding.detail}")
     return Finding(True) if taken else Finding(None, "the batch cannot be taken apart")
 
