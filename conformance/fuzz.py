@@ -79,8 +79,8 @@ def _explored(target: Target, spec: OpSpec, examples: int, seed: int, corpus: Pa
     def example(data: DataObject) -> None:
         case = drawn(spec, Picked(data))
         result = next(runner.run([case], [target], seed))
-        if result.ok:
-            if not failed:
+        if result.ok or result.verdict == "MISTRUSTED":  # shapes so small that any kernel is right
+            if result.ok and not failed:
                 results.append(result)
         else:
             failed.append((case, result))

@@ -6,17 +6,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from glm5_hal.backend import Kernel
 from glm5_hal.capability import Facts
 from glm5_hal.conformance import oracle
-from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.metadata import bind_axes
 from glm5_hal.spec import Inputs, OpSpec
+
+if TYPE_CHECKING:
+    from glm5_hal.conformance.cases import Case
 
 
 @dataclass(frozen=True)

@@ -68,11 +68,13 @@ def _judge(trial: Trial, args: Mapping[str, Any], spoilt: Run, value: float) -> 
     own = {out.name: _own_rows(trial, args, out.dims.split()[0]) for out in trial.spec.outs}
     for name, y in spoilt.outs.items():
         touched = (y != truth.outs[name]).flatten(1).any(1) if y.dim() > 1 else y != truth.outs[name]
-        touched[own[name]] = True
+        found = own[name]
+        mine = torch.zeros_like(touched) if found is None else found
+        touched = touched | mine
         outs[name] = torch.where(_wide(touched, y), trial.first.outs[name], run.outs[name])
         if isinstance(trial.spec.accuracy[name], (Calibrated, AbsoluteError)):
             lost = y.isnan() & run.outs[name].isfinite() if value != value else _all_finite(y, run.outs[name])
-            lost[[row for row in range(len(y)) if row not in own[name]]] = False
+            lost = lost & _wide(mine, y)
             if lost.any():
                 at = lost.nonzero()[0].tolist()
                 return Finding(False, f"{name}{at} is the number {run.outs[name][tuple(at)]}: it was lost on its way")
@@ -83,11 +85,11 @@ def _judge(trial: Trial, args: Mapping[str, Any], spoilt: Run, value: float) -> 
     return judge(trial, Run(outs, mutated))
 
 
-def _own_rows(trial: Trial, args: Mapping[str, Any], lead: str) -> list[int]:
-    """The rows of an output that belong to a row of an input that is not finite."""
+def _own_rows(trial: Trial, args: Mapping[str, Any], lead: str) -> Tensor | None:
+    """Which rows of an output belong to a row of an input that is not finite; None if none can."""
     rows = [n for n in _per_row(trial) if trial.spec.tensors[n].dims.split()[0] == lead]
     spoilt = [(~args[n].isfinite()).flatten(1).any(1) for n in rows]
-    return torch.stack(spoilt).any(0).nonzero().flatten().tolist() if spoilt else []
+    return torch.stack(spoilt).any(0) if spoilt else None
 
 
 def _all_finite(y: Tensor, x: Tensor) -> Tensor:

@@ -54,7 +54,12 @@ def check(trial: Trial) -> Finding:
 def _wrong(trial: Trial, alone: Run, run: Run, judged: Trial | None) -> str:
     if "deterministic" in trial.kernel.provides:
         return first_difference(alone, run) or ""
-    return "" if judged is None else judge(judged, run).detail
+    return "" if judged is None else _judged(judged, run)
+
+
+def _judged(trial: Trial, run: Run) -> str:
+    finding = judge(trial, run)
+    return "" if finding.mistrusted else finding.detail
 
 
 def together(trial: Trial, each: tuple[Mapping[str, Any], Mapping[str, Any]], turns: Turns | None) -> list[Run]:
@@ -134,7 +139,7 @@ def _after_fork(trial: Trial) -> Finding:
         run = trial.bring_back(trial.kernel.fn(**placed), placed)
         if "deterministic" in trial.kernel.provides:
             return first_difference(trial.first, run) or ""
-        return judge(trial, run).detail
+        return _judged(trial, run)
 
     # A library's thread that was just ending may hold a lock of its own for ever: once is not the kernel's doing.
     said = in_child(answer) and in_child(answer)
