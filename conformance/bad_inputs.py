@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from glm5_hal.spec import Arg, BadInput, OpSpec
+from glm5_hal.torchlib import differentiable
 
 Spoil = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def bad_inputs(spec: OpSpec) -> Iterator[BadInput]:
-    """Every tensor argument with a wrong dtype, rank, size, type, device or refused strides; then the spec's own."""
+    """Every tensor argument with a wrong dtype, rank, size, type, device or refused strides; what is written in the
+    memory of another one; a gradient that is asked for; then the spec's own."""
     seen: set[str] = set()
     for arg in spec.args:
         if arg.optional:
@@ -27,7 +29,24 @@ def bad_inputs(spec: OpSpec) -> Iterator[BadInput]:
             yield BadInput(f"{arg.name}-device", "DEVICE", _replace(arg.name, lambda t: t.to("meta")))
         if arg.layout == "page":
             yield BadInput(f"{arg.name}-strides", "STRIDE", _replace(arg.name, _strided))
+    for name in spec.mutates[:1]:
+        yield BadInput(f"{name}-overlaps", "STRIDE", _overlapping(name, spec))
+    for arg in [a for a in spec.args if not a.optional and differentiable(spec, a)][:1]:
+        yield BadInput(f"{arg.name}-gradient", "GRAD", _replace(arg.name, lambda t: t.clone().requires_grad_()))
     yield from spec.errors
+
+
+def _overlapping(written: str, spec: OpSpec) -> Spoil:
+    """The first argument as a view of what is written."""
+    read = spec.args[0].name
+
+    def spoil(args: dict[str, Any]) -> dict[str, Any]:
+        cache, given = args[written], args[read]
+        room = given.new_empty(max(given.numel(), cache.numel() * cache.itemsize // given.itemsize))
+        whole = room.view(cache.dtype)[: cache.numel()].view(cache.shape).copy_(cache)
+        return {**args, written: whole, read: room[: given.numel()].view(given.shape)}
+
+    return spoil
 
 
 def _wrong_sizes(arg: Arg, seen: set[str]) -> Iterator[BadInput]:

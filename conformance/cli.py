@@ -35,6 +35,9 @@ def run(
     level: Level = "smoke",
     op: Ops = None,
     case: Annotated[list[str] | None, typer.Option(help="Only this case, whatever its level. May be repeated.")] = None,
+    replay: Annotated[
+        list[Path] | None, typer.Option(help="Only this call of your own, a safetensors file. May be repeated.")
+    ] = None,
     device: Annotated[
         list[str] | None, typer.Option(help="Device to run on, as torch names it (cuda:1). Repeat it to use several.")
     ] = None,
@@ -72,6 +75,7 @@ def run(
         level=level,
         ops=tuple(op or ("*",)),
         cases=tuple(case or ()),
+        replays=tuple(replay or ()),
         devices=tuple(device or (None,)),
         seed=seed,
         out=out,
@@ -91,14 +95,14 @@ def run(
     raise typer.Exit(0 if succeeded(done.results) else 1)
 
 
-def _print(results: list[Result], out: Path, as_json: bool, book: Book) -> None:
+def _print(results: list[Result], out: Path, as_json: bool, book: Book | None = None) -> None:
     from rich.console import Console
 
     from glm5_hal.conformance import report
     from glm5_hal.conformance.results import summary
     from glm5_hal.conformance.waivers import counted
 
-    tallies = book.tally(results)
+    tallies = book.tally(results) if book else ()
     if as_json:
         told = {**summary(results), "waivers": [asdict(t) for t in tallies], "out": str(out)}
         typer.echo(json.dumps(told, indent=2))
@@ -116,7 +120,49 @@ def _print(results: list[Result], out: Path, as_json: bool, book: Book) -> None:
     evidence = ", ".join(sorted({f"{r.evidence} ({r.device})" for r in results}))
     line = report.verdict_line(results, counted(tallies))
     console.print(f"{line}. Evidence: {evidence}", markup=False, highlight=False)
-    console.print(f"Written: {out}, a bundle; open {out / 'report.html'}", markup=False, highlight=False)
+    page = out / "report.html"
+    bundle = f", a bundle; open {page}" if page.is_file() else ""
+    console.print(f"Written: {out}{bundle}", markup=False, highlight=False)
+
+
+@app.command()
+def fuzz(
+    backend: Annotated[str, typer.Option(help="B or B:provider.")] = "cpu:torch",
+    op: Ops = None,
+    examples: Annotated[int, typer.Option(help="New cases per op; 0 tries the corpus alone.", min=0)] = 100,
+    corpus: Annotated[Path, typer.Option(help="Folder of the cases that have failed.")] = Path("conformance-corpus"),
+    device: Annotated[str | None, typer.Option(help="Device to run on, as torch names it (cuda:1).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of shapes and inputs.", min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for fuzz.jsonl.")] = Path("conformance-out"),
+    as_json: Json = False,
+) -> None:
+    """Judge random shapes, lengths and options of every op. What fails is made small, kept in the corpus and tried
+    first the next time. Needs Hypothesis: pip install 'glm5-hal[fuzz]'. A kernel that crashes ends this process: the
+    last line of OUT/fuzz.jsonl is then the case before.
+
+    Exit codes as of run.
+    """
+    import torch
+
+    from glm5_hal.conformance import fuzz as fuzzing
+    from glm5_hal.conformance import report, runner
+    from glm5_hal.conformance.cases import ops_named
+    from glm5_hal.conformance.journal import writable
+    from glm5_hal.conformance.results import succeeded
+
+    torch.set_num_threads(1)
+    results = []
+    with writable(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "fuzz.jsonl").open("w", encoding="utf-8") as lines, report.kernels_print_to_stderr():
+            for target in runner.targets(backend, device):
+                for name in ops_named(op or ("*",)):
+                    for result in fuzzing.run(target, name, examples, seed, corpus):
+                        lines.write(result.as_json() + "\n")
+                        lines.flush()
+                        results.append(result)
+    _print(results, out / "fuzz.jsonl", as_json)
+    raise typer.Exit(0 if succeeded(results) else 1)
 
 
 @app.command("list")

@@ -176,7 +176,12 @@ class Pool:
         slot.task, slot.policy = (slot.own or waiting).popleft(), ""
         seconds = self._seconds(slot.task.case)
         slot.deadline = time.monotonic() + PREPARING * max(seconds, TIMEOUTS[slot.task.case.sample.level])
-        order = {"case": slot.task.case.id, "policies": slot.task.policies, "seed": self.plan.seed}
+        order = {
+            "case": slot.task.case.id,
+            "file": slot.task.case.file,
+            "policies": slot.task.policies,
+            "seed": self.plan.seed,
+        }
         slot.process.send({**order, "dump_after": max(0.8 * seconds, seconds - 2)})
 
     def _seconds(self, case: Case) -> float:

@@ -18,10 +18,11 @@ import torch
 from glm5_hal import context, ops
 from glm5_hal.backend import Device, Unavailable
 from glm5_hal.capability import Rejected
-from glm5_hal.conformance import oracle
+from glm5_hal.conformance import oracle, relations
 from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.checks import CHECKS
 from glm5_hal.conformance.inputs import Draw, digest
+from glm5_hal.conformance.relations import Relation
 from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.trial import Expected, Finding, Trial, same_bits
 from glm5_hal.errors import HalError, suggest
@@ -117,6 +118,11 @@ def _prepared(case: Case, seed: int) -> Subject | HalError:
 
 def subject_of(case: Case, seed: int) -> Subject:
     """Draw a case's inputs and compute what is expected of them."""
+    if case.relation is not None:
+        args = case.relation.inputs(Draw(seed, case.id), case.dtype)
+        return Subject(case, Inputs(args), None, digest(args), seed)
+    if case.file:
+        return _subject_of_file(case, seed)
     inputs = case.spec.inputs(case.sample, case.dtype, Draw(seed, case.id if case.bad is None else case.op))
     if case.bad is not None:
         return Subject(case, inputs, None, digest(inputs.args), seed)
@@ -124,6 +130,14 @@ def subject_of(case: Case, seed: int) -> Subject:
     other = case.spec.inputs(case.sample, case.dtype, Draw(seed, f"{case.id} other")).args
     alike = all(_alike(inputs.args[k], v) for k, v in other.items())
     return Subject(case, inputs, expected, digest(inputs.args), seed, other if alike else None)
+
+
+def _subject_of_file(case: Case, seed: int) -> Subject:
+    from glm5_hal.conformance import replay
+
+    _, args = replay.load(case.file)
+    expected = Expected(oracle.truth(case.spec, args), oracle.emulation(case.spec, args))
+    return Subject(case, Inputs(args), expected, digest(args), seed)
 
 
 def _alike(a: Any, b: Any) -> bool:
@@ -161,7 +175,7 @@ def fields_of(case: Case, target: Target, seed: int) -> dict[str, Any]:
         "dtype": case.dtype,
         "level": case.sample.level,
         "seed": seed,
-        "repro": f"glm5-hal conformance run{plugin} --backend {target.policy} --case '{case.id}' --seed {seed}",
+        "repro": f"glm5-hal conformance run{plugin} --backend {target.policy} {case.argument} --seed {seed}",
     }
 
 
@@ -184,6 +198,8 @@ _NO_MEMORY = re.compile(r"Allocator: (not enough|can't allocate) memory|std::bad
 
 def _judge(subject: Subject, target: Target) -> dict[str, Any]:
     case = subject.case
+    if case.relation is not None:
+        return _judge_relation(subject, case.relation, target)
     op = getattr(ops, case.op)
     with context.use(target.policy), torch.inference_mode():
         placed = {k: v.to(target.device) if isinstance(v, torch.Tensor) else v for k, v in subject.inputs.args.items()}
@@ -200,6 +216,28 @@ def _judge(subject: Subject, target: Target) -> dict[str, Any]:
         device, facts = target.device, target.facts.facts
         trial = Trial(case, subject.inputs, kernel, op, device, subject.expected, facts, subject.other)
         return found | _checked(trial)
+
+
+def _judge_relation(subject: Subject, relation: Relation, target: Target) -> dict[str, Any]:
+    found = {"kernel": target.policy, "inputs": subject.digest}
+    args = {k: v.to(target.device) if isinstance(v, torch.Tensor) else v for k, v in subject.inputs.args.items()}
+    with context.use(target.policy), torch.inference_mode():
+        try:
+            finding = relations.judge(relation, ops, args)
+        except HalError as refusal:
+            if refusal.code != "NO_KERNEL":
+                raise
+            step = refusal.trace[0].decision if refusal.trace else None
+            code, detail = (step.code, step.detail) if isinstance(step, Rejected) else ("NOT_IMPLEMENTED", refusal.what)
+            return found | {"kernel": "", "verdict": "UNSUPPORTED", "code": code, "detail": detail}
+    return found | {
+        "verdict": "PASS" if finding.ok else "FAIL",
+        "code": "" if finding.ok else relations.GROUP,
+        "detail": finding.detail,
+        "errors": finding.errors,
+        "budget": finding.budget,
+        "checks": {relations.GROUP: "ok" if finding.ok else f"failed: {finding.detail}"},
+    }
 
 
 class _Recorder:
@@ -283,11 +321,13 @@ def _judge_bad(subject: Subject, op: Any, placed: dict[str, Any], device: str) -
     """
     bad = subject.case.bad
     assert bad is not None
-    spoilt = bad.spoil(dict(placed))
+    with torch.inference_mode(False):  # which a tensor that asks for a gradient cannot come from
+        spoilt = bad.spoil(dict(placed))
     watched = {k: v for k, v in {**placed, **_prefixed(spoilt)}.items() if _readable(v)}
     before = {k: v.clone() for k, v in watched.items()}
     try:
-        with context.use(check=None if device.split(":")[0] == "cpu" else "values"):
+        checked = context.use(check=None if device.split(":")[0] == "cpu" else "values")
+        with checked, torch.inference_mode(False), torch.enable_grad():
             op(**spoilt)
         problem = f"accepted; it should raise HalError({bad.code})"
     except HalError as refusal:

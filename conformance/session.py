@@ -30,6 +30,7 @@ class Session:
     level: str = "smoke"
     ops: tuple[str, ...] = ("*",)
     cases: tuple[str, ...] = ()
+    replays: tuple[Path, ...] = ()
     devices: tuple[str | None, ...] = (None,)
     seed: int = 0
     resume: bool = False
@@ -112,12 +113,16 @@ def _in_process(wanted: Session) -> Done:
 def _chosen(wanted: Session) -> list[Case]:
     from glm5_hal.conformance import cases
 
-    return cases.find(wanted.cases) if wanted.cases else list(cases.cases(wanted.level, wanted.ops))
+    if wanted.cases or wanted.replays:
+        from glm5_hal.conformance import replay
+
+        return cases.find(wanted.cases) + [replay.case(file) for file in wanted.replays]
+    return list(cases.cases(wanted.level, wanted.ops))
 
 
 def _tiny(wanted: Session) -> bool:
     """Small tensors gain nothing from threads, and stall in them on a busy machine."""
-    if wanted.cases:
+    if wanted.cases or wanted.replays:
         return all(c.sample.level == "smoke" for c in _chosen(wanted))
     return wanted.level == "smoke"
 
@@ -129,7 +134,7 @@ def _journal(
     from glm5_hal.conformance import identity, journal
 
     policies = [t.policy for t in judged]
-    level = "" if wanted.cases else wanted.level
+    level = "" if wanted.cases or wanted.replays else wanted.level
     which = identity.of_run(backend, policies, level, wanted.seed, chosen)
     with journal.opened(wanted.out, which, resume=wanted.resume) as opened:
         yield opened, [(case.id, policy) for case in chosen for policy in policies]
@@ -168,8 +173,9 @@ class _Run:
         for result in corrections():
             journal.add(self.book.judged(result))
         ordered = journal.finish(keys)
-        with writable(journal.folder):
-            self._bundle(journal.folder, ordered)
+        if not self.wanted.replays:  # a user's own tensors: nobody else could draw them
+            with writable(journal.folder):
+                self._bundle(journal.folder, ordered)
         return Done(ordered, self.book)
 
     def _bundle(self, folder: Path, results: list[Result]) -> None:

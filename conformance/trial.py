@@ -6,17 +6,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from glm5_hal.backend import Kernel
 from glm5_hal.conformance import oracle
-from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.metadata import bind_axes
 from glm5_hal.signature import Facts
 from glm5_hal.spec import Inputs, OpSpec
+
+if TYPE_CHECKING:
+    from glm5_hal.conformance.cases import Case
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Trial:
 
     def place(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Private copies on the device, strides and alignment kept."""
-        return {k: _fresh(v, self.device) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
+        return {k: guarded(v, self.device) if isinstance(v, torch.Tensor) else v for k, v in args.items()}
 
     def bring_back(self, returned: Any, placed: Mapping[str, Any]) -> Run:
         """Copies on the CPU: what a kernel does later to memory that it kept cannot change them."""
@@ -117,6 +119,11 @@ class Trial:
         placed, returned = self.raw
         return self.bring_back(returned, placed)
 
+    @cached_property
+    def second(self) -> Run | None:
+        """A run on the other inputs, where there are some."""
+        return None if self.other is None else self.run(self.other)
+
 
 def waiting(device: str) -> Callable[[], None]:
     """What waits until a device has done all that it was given."""
@@ -128,7 +135,7 @@ def waiting(device: str) -> Callable[[], None]:
 GUARD, FILL = 256, 0x4D
 
 
-def _fresh(tensor: torch.Tensor, device: str) -> torch.Tensor:
+def guarded(tensor: torch.Tensor, device: str) -> torch.Tensor:
     """A copy in guarded memory of its own with the same strides (gaps included) and alignment."""
     pad, shift = GUARD // tensor.itemsize, tensor.storage_offset() % 16
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
@@ -140,6 +147,10 @@ def _fresh(tensor: torch.Tensor, device: str) -> torch.Tensor:
 def stray(placed: torch.Tensor) -> int:
     """How many bytes around a `Trial.place`d tensor, and in its gaps, no longer hold what was put there."""
     memory = torch.empty(0, dtype=torch.uint8, device=placed.device).set_(placed.untyped_storage())
+    if placed.is_contiguous():
+        start = placed.storage_offset() * placed.itemsize
+        around = (memory[:start], memory[start + placed.numel() * placed.itemsize :])
+        return sum(int((part != FILL).sum()) for part in around)
     own = torch.zeros(len(memory) // placed.itemsize, dtype=torch.bool, device=placed.device)
     own.as_strided(placed.shape, placed.stride(), placed.storage_offset()).fill_(True)
     return int((memory.view(-1, placed.itemsize)[~own] != FILL).sum())

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from glm5_hal.conformance import identity, runner
+from glm5_hal.conformance import identity, replay, runner
 from glm5_hal.conformance.cases import Case, cases
 from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.runner import Target
@@ -58,7 +58,7 @@ def serve(channel_fd: int, job: dict[str, Any]) -> None:
     )
     by_policy, outputs = {t.policy: t for t in judged}, _Outputs()
     while (order := channel.receive()) is not None:
-        case = _cases()[order["case"]]
+        case = replay.case(order["file"]) if order["file"] else _cases()[order["case"]]
         subject = runner._prepared(case, order["seed"])
         for policy in order["policies"]:
             os.write(log, f"\n{job['marker']}\n".encode())

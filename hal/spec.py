@@ -8,7 +8,7 @@ the same dtype throughout one call. ``acc`` is the accumulation dtype: float32, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -176,6 +176,21 @@ class Draw(Protocol):
     def permutation(self, n: int) -> torch.Tensor: ...
 
 
+class Pick(Protocol):
+    """Choices that a fuzzer makes, and takes back to find the smallest failure: small numbers and early options are
+    the simplest."""
+
+    def integer(self, low: int, high: int) -> int:
+        """In [low, high]."""
+        ...
+
+    def of(self, options: Sequence[Any]) -> Any: ...
+
+    def lens(self, requests: int, new: int, keys: int) -> tuple[tuple[int, int], ...]:
+        """(new tokens, keys) of up to so many requests, each up to so many."""
+        ...
+
+
 @dataclass(frozen=True)
 class BadInput:
     """Arguments that must be refused with ``code`` before anything is written. ``spoil`` edits a copy of good ones."""
@@ -218,6 +233,7 @@ class OpSpec:
         composite: the default implementation is made of other ops.
         own_products: a composite's body also multiplies matrices in plain torch, beside the ops that it calls. It then
             takes plain weights only, and cannot promise that a row's bits are independent of the batch.
+        fuzz: any point that ``inputs`` can make, small ones; None draws from ``samples``.
         source: where the maths comes from.
     """
 
@@ -242,6 +258,7 @@ class OpSpec:
     emulate: Callable[..., Any] | None = None
     composite: bool = False
     own_products: bool = False
+    fuzz: Callable[[Pick], Sample] | None = None
     since: int = 1
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.ops._rms_norm import rms_norm, rounded_twice
 from glm5_hal.ops._rms_norm import samples as norm_samples
-from glm5_hal.spec import FLOATS, Arg, BitExact, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar
+from glm5_hal.spec import FLOATS, Arg, BitExact, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample, Scalar
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
@@ -52,6 +52,11 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     return Inputs({"x": x, "residual": residual, "weight": weight, "eps": 1e-5})
 
 
+def fuzz(pick: Pick) -> Sample:
+    axes = {"T": pick.integer(0, 40), "D": pick.integer(1, 600), "cancels": pick.of((False, True))}
+    return Sample("fuzz", {**axes, "H": pick.integer(1, 5)} if pick.of((False, True)) else axes)
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     n = axes["D"] * prod(axes["..."])
     return Cost(flops=5 * n, bytes=axes["itemsize"] * (4 * n + axes["D"]))
@@ -81,5 +86,6 @@ SPEC = OpSpec(
     # A sum of two is the same bits whether it is rounded through fp32 or directly: 24 >= 2·11 + 2 bits, 53 >= 2·24 + 2.
     accuracy={"y": Calibrated(depth=("D",)), "residual_out": BitExact()},
     cost=cost,
+    fuzz=fuzz,
     source="spec 2, 2.1; vLLM's fused_add_rms_norm norms the rounded sum, FlashInfer's the fp32 one",
 )

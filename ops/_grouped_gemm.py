@@ -17,7 +17,7 @@ from glm5_hal.ops._common import checks
 from glm5_hal.ops._common.draws import cancelling, mirrored, weight_scale
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.ops._common.prolog import WEIGHT_FORMAT
-from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Sample
+from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample
 from glm5_hal.state import host_list
 
 
@@ -96,6 +96,12 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     return Inputs(args, {"x": unread})
 
 
+def fuzz(pick: Pick) -> Sample:
+    rows = tuple(pick.integer(0, 20) for _ in range(pick.integer(1, 9)))
+    axes = {"N": pick.integer(1, 80), "K": pick.integer(1, 130), "rows": rows, "tail": pick.integer(0, 9)}
+    return Sample("fuzz", axes, tags=frozenset({"empty"}))
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     M, N, K = axes["M"], axes["N"], axes["K"]
     touched = min(axes["E"], M)
@@ -129,6 +135,7 @@ SPEC = OpSpec(
     inputs=inputs,
     accuracy={"y": Calibrated(depth=("K",))},
     cost=cost,
+    fuzz=fuzz,
     check_values=check_values,
     errors=(
         BadInput("offsets_past_the_end", "VALUE", _with_offset(-1, lambda rows: rows + 1)),

@@ -10,7 +10,21 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common.precision import down, up
-from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Constraint, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar
+from glm5_hal.spec import (
+    FLOATS,
+    Arg,
+    BadInput,
+    Calibrated,
+    Constraint,
+    Cost,
+    Draw,
+    Inputs,
+    OpSpec,
+    Out,
+    Pick,
+    Sample,
+    Scalar,
+)
 
 
 def hadamard(x: Tensor, *, scale: float) -> Tensor:
@@ -52,6 +66,11 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     return Inputs({"x": x, "scale": sample.axes["scale"]})
 
 
+def fuzz(pick: Pick) -> Sample:
+    shape = (pick.integer(0, 40), *pick.of(((), (pick.integer(1, 4),))), 2 ** pick.integer(0, 9))
+    return Sample("fuzz", {"shape": shape, "scale": pick.of((0.125, 0.3))})
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     n = axes["D"] * prod(axes["..."])
     return Cost(flops=n * axes["D"].bit_length(), bytes=axes["itemsize"] * 2 * n)
@@ -78,6 +97,7 @@ SPEC = OpSpec(
     inputs=inputs,
     accuracy={"y": Calibrated(depth=("D",))},
     cost=cost,
+    fuzz=fuzz,
     errors=(BadInput("not_a_power_of_two", "SHAPE", lambda args: {**args, "x": args["x"][..., :-1]}),),
     source="spec 4.5",
 )

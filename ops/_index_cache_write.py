@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glm5_hal.ops._common import caches, checks, writes
 from glm5_hal.ops._common.indexer import INDEX_ARGS, INDEX_SCALARS, index_constraints
-from glm5_hal.spec import FLOATS, Arg, BadInput, BitExact, Cost, Draw, Inputs, OpSpec, Sample
+from glm5_hal.spec import FLOATS, Arg, BadInput, BitExact, Cost, Draw, Inputs, OpSpec, Pick, Sample
 from glm5_hal.state import FORMATS, formats
 
 
@@ -78,6 +78,13 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     return Inputs(args, {"k": (slots < 0)[:, None].expand_as(k).clone()})
 
 
+def fuzz(pick: Pick) -> Sample:
+    tokens, page = pick.integer(0, 40), pick.of((8, 1, 16))
+    axes = {"T": tokens, "D": 128 * pick.integer(1, 3), "page": page, "skip": pick.of(("some", "none", "all"))}
+    room = {"N": -(-max(tokens, 1) // page) + pick.integer(0, 3)}
+    return Sample("fuzz", {**axes, **room, "format": pick.of(formats("index"))})
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, D = axes["T"], axes["D"]
     return Cost(flops=T * D, bytes=2 * axes["itemsize"] * T * D + 8 * T)
@@ -103,6 +110,7 @@ SPEC = OpSpec(
     inputs=inputs,
     accuracy={"index_cache": BitExact()},
     cost=cost,
+    fuzz=fuzz,
     check_values=check_values,
     errors=(
         *writes.slot_errors("index_cache"),

@@ -15,7 +15,7 @@ from glm5_hal.ops._common import batches, caches, checks
 from glm5_hal.ops._common.indexer import INDEX_ARGS, INDEX_SCALARS, index_constraints, logit_amplification
 from glm5_hal.ops._common.paging import causal_limits, requests, slots_of
 from glm5_hal.ops._common.precision import up
-from glm5_hal.spec import FLOATS, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar
+from glm5_hal.spec import FLOATS, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample, Scalar
 from glm5_hal.state import FORMATS, formats
 
 
@@ -115,6 +115,12 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     return Inputs(args, {"block_table": batch.unused_table, "index_cache": unread[0]})
 
 
+def fuzz(pick: Pick) -> Sample:
+    lens = pick.lens(requests=5, new=9, keys=300)
+    axes = {"H": pick.integer(1, 70), "D": 128, "lens": lens, "page": pick.of((8, 1, 16, 64))}
+    return Sample("fuzz", {**axes, "format": pick.of(formats("index"))}, tags=frozenset({"empty"}))
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, H, D, S = axes["T"], axes["H"], axes["D"], axes["max_seq_len"]
     return Cost(flops=2 * T * S * H * (D + 1), bytes=axes["itemsize"] * (T * H * D + S * D) + 4 * T * S)
@@ -135,6 +141,7 @@ SPEC = OpSpec(
     inputs=inputs,
     accuracy={"logits": Calibrated(depth=("D", "H"), amplify=logit_amplification)},
     cost=cost,
+    fuzz=fuzz,
     check_values=check_values,
     source="spec 4.1, 4.3, 4.5, 6.2; DeepSeek-V3.2",
 )

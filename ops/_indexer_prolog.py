@@ -18,7 +18,7 @@ from glm5_hal.ops._common.indexer import INDEX_ARGS, INDEX_SCALARS, index_constr
 from glm5_hal.ops._common.precision import down, linear, up
 from glm5_hal.ops._common.prolog import LAYOUT, ROPE_TABLES, WEIGHT_FORMAT
 from glm5_hal.ops._common.references import loosest
-from glm5_hal.ops._rope import unit_tables
+from glm5_hal.ops._rope import LAYOUTS, unit_tables
 from glm5_hal.spec import (
     FLOATS,
     Arg,
@@ -31,6 +31,7 @@ from glm5_hal.spec import (
     Inputs,
     OpSpec,
     Out,
+    Pick,
     Sample,
     Scalar,
 )
@@ -143,6 +144,13 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     return Inputs(args)
 
 
+def fuzz(pick: Pick) -> Sample:
+    sizes = {"T": pick.integer(0, 30), "E": pick.integer(1, 120), "Q": pick.integer(1, 80), "H": pick.integer(1, 6)}
+    how = {"R": 2 * pick.integer(1, 64), "hadamard": pick.of((False, True)), "layout": pick.of(LAYOUTS)}
+    stored = {"format": pick.of(formats("index")), "skip": pick.of(("some", "none", "all"))}
+    return Sample("fuzz", {**TINY, **sizes, **how, **stored})
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, E, Q, H, D = axes["T"], axes["E"], axes["Q"], axes["num_heads"], axes["D"]
     weights = H * D * Q + (D + H) * E
@@ -209,6 +217,7 @@ SPEC = OpSpec(
         "index_cache": CacheContents("index", depth=("E", "D")),
     },
     cost=cost,
+    fuzz=fuzz,
     check_values=check_values,
     errors=(
         *writes.slot_errors("index_cache"),

@@ -6,6 +6,7 @@ Legend: T tokens, H index heads, D index head dim, B requests, M pages per reque
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from glm5_hal.ops import _indexer_logits as logits_op
 from glm5_hal.ops._common import checks
 from glm5_hal.ops._common.indexer import INDEX_ARGS, INDEX_SCALARS, index_constraints
 from glm5_hal.ops._common.precision import exact
-from glm5_hal.spec import FLOATS, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar, Selection
+from glm5_hal.spec import FLOATS, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample, Scalar, Selection
 
 
 def lightning_indexer(
@@ -74,6 +75,11 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     return Inputs({**args, "top_k": sample.axes["K"]}, made.poison)
 
 
+def fuzz(pick: Pick) -> Sample:
+    sample = logits_op.fuzz(pick)
+    return replace(sample, axes={**sample.axes, "K": pick.integer(1, 130)})
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, H, D, S, K = axes["T"], axes["H"], axes["D"], axes["M"] * axes["P"], axes["top_k"]
     return Cost(flops=2 * T * S * H * (D + 1), bytes=axes["itemsize"] * (T * H * D + S * D) + 4 * T * K)
@@ -95,6 +101,7 @@ SPEC = OpSpec(
     inputs=inputs,
     accuracy={"indices": Selection(oracle_scores)},
     cost=cost,
+    fuzz=fuzz,
     check_values=check_values,
     source="spec 4.1 to 4.4",
 )

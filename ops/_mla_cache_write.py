@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glm5_hal.ops._common import caches, checks, writes
 from glm5_hal.ops._common.attention import LATENT_CACHE, cache_constraints
-from glm5_hal.spec import FLOATS, Arg, BadInput, BitExact, Cost, Draw, Inputs, OpSpec, Sample, Scalar
+from glm5_hal.spec import FLOATS, Arg, BadInput, BitExact, Cost, Draw, Inputs, OpSpec, Pick, Sample, Scalar
 from glm5_hal.state import FORMATS, formats
 
 
@@ -89,6 +89,13 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     return Inputs(args, {name: skipped.expand_as(args[name]).clone() for name in ("kv_c", "k_pe")})
 
 
+def fuzz(pick: Pick) -> Sample:
+    tokens, page = pick.integer(0, 40), pick.of((8, 1, 16))
+    axes = {"T": tokens, "L": 128 * pick.integer(1, 3), "R": 2 * pick.integer(1, 20), "page": page}
+    room = {"N": -(-max(tokens, 1) // page) + pick.integer(0, 3), "skip": pick.of(("some", "none", "all"))}
+    return Sample("fuzz", {**axes, **room, "format": pick.of(formats("latent"))})
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, W = axes["T"], axes["L"] + axes["R"]
     return Cost(flops=T * W, bytes=2 * axes["itemsize"] * T * W + 8 * T)
@@ -120,6 +127,7 @@ SPEC = OpSpec(
     inputs=inputs,
     accuracy={"kv_cache": BitExact(), "rope_cache": BitExact()},
     cost=cost,
+    fuzz=fuzz,
     check_values=check_values,
     errors=(
         *writes.slot_errors("kv_cache"),

@@ -27,6 +27,7 @@ from glm5_hal.spec import (
     Inputs,
     OpSpec,
     Out,
+    Pick,
     Sample,
     Scalar,
 )
@@ -135,6 +136,13 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     return Inputs({"q": q, **made.args}, {"q": blind, **made.poison})
 
 
+def fuzz(pick: Pick) -> Sample:
+    axes = {**TINY, "H": pick.integer(1, 70), "L": 128 * pick.integer(1, 3), "R": 2 * pick.integer(1, 20)}
+    lens = pick.lens(requests=5, new=9, keys=300)
+    paged = {"lens": lens, "page": pick.of((8, 1, 16, 64)), "format": pick.of(formats("latent"))}
+    return Sample("fuzz", {**axes, **paged}, tags=frozenset({"empty"}))
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     """With every request as long as the block table."""
     T, H, L, R, S = axes["T"], axes["H"], axes["kv_lora_rank"], axes["W"] - axes["kv_lora_rank"], axes["M"] * axes["P"]
@@ -188,6 +196,7 @@ SPEC = OpSpec(
         "lse": AbsoluteError(depth=("W",), amplify=dense_amplification),
     },
     cost=cost,
+    fuzz=fuzz,
     check_values=check_values,
     errors=(
         BadInput("seq_lens_past_table", "VALUE", _past_table),

@@ -28,6 +28,7 @@ from glm5_hal.spec import (
     Inputs,
     OpSpec,
     Out,
+    Pick,
     Sample,
     Scalar,
 )
@@ -138,6 +139,12 @@ def _offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
+def fuzz(pick: Pick) -> Sample:
+    axes = {"H": pick.integer(1, 9), "Dqk": pick.integer(1, 40), "Dv": pick.integer(1, 40), "scale": 0.2}
+    lens = pick.lens(requests=4, new=40, keys=90)
+    return Sample("fuzz", {**axes, "lens": lens, "causal": pick.of((True, False))}, tags=frozenset({"empty"}))
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     """As one request without a mask."""
     T, S, H, Dqk, Dv = (axes[a] for a in ("T", "S", "H", "Dqk", "Dv"))
@@ -181,6 +188,7 @@ SPEC = OpSpec(
         "lse": AbsoluteError(depth=("Dqk",), amplify=dense_amplification),
     },
     cost=cost,
+    fuzz=fuzz,
     check_values=check_values,
     errors=(
         _falling("cu_seqlens_q"),

@@ -18,7 +18,7 @@ from glm5_hal.ops._common.draws import cancelling, mirrored, weight
 from glm5_hal.ops._common.precision import linear, matmul
 from glm5_hal.ops._common.prolog import LAYOUT, ROPE_TABLES, WEIGHT_FORMAT
 from glm5_hal.ops._common.references import loosest
-from glm5_hal.ops._rope import unit_tables
+from glm5_hal.ops._rope import LAYOUTS, unit_tables
 from glm5_hal.spec import (
     FLOATS,
     Arg,
@@ -30,6 +30,7 @@ from glm5_hal.spec import (
     Inputs,
     OpSpec,
     Out,
+    Pick,
     Sample,
     Scalar,
 )
@@ -136,6 +137,13 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     return Inputs(args)
 
 
+def fuzz(pick: Pick) -> Sample:
+    sizes = {"T": pick.integer(0, 30), "E": pick.integer(1, 120), "Q": pick.integer(1, 80), "H": pick.integer(1, 6)}
+    heads = {"K": pick.integer(1, 40), "L": 128 * pick.integer(1, 2), "R": 2 * pick.integer(1, 12)}
+    how = {"format": pick.of(formats("latent")), "layout": pick.of(LAYOUTS), "skip": pick.of(("some", "none", "all"))}
+    return Sample("fuzz", {**TINY, **sizes, **heads, **how})
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, E, Q, H, K, L, R = (*(axes[a] for a in "TEQHKL"), 2 * axes["I"])
     weights = Q * E + H * (K + R) * Q + (L + R) * E + H * K * L
@@ -187,6 +195,7 @@ SPEC = OpSpec(
         "rope_cache": CacheContents("latent", depth=("E", "L")),
     },
     cost=cost,
+    fuzz=fuzz,
     check_values=check_values,
     errors=(
         *writes.slot_errors("kv_cache"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glm5_hal.ops._common import checks
 from glm5_hal.ops._common.precision import down, up
-from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Sample
+from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample
 
 
 def moe_combine(y: Tensor, topk_weights: Tensor, inverse_ids: Tensor, shared: Tensor | None = None) -> Tensor:
@@ -84,6 +84,12 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     return Inputs(args, {"y": unread, "topk_weights": ~here})
 
 
+def fuzz(pick: Pick) -> Sample:
+    axes = {"T": pick.integer(0, 60), "K": pick.integer(1, 8), "D": pick.integer(1, 200)}
+    here = {"elsewhere": pick.integer(0, 8), "spare": pick.integer(0, 9), "shared": pick.of((False, True))}
+    return Sample("fuzz", {**axes, **here}, tags=frozenset({"empty"}))
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, K, D = axes["T"], axes["K"], axes["D"]
     rows = min(axes["M"], T * K)
@@ -118,6 +124,7 @@ SPEC = OpSpec(
     inputs=inputs,
     accuracy={"out": Calibrated(depth=("K",))},
     cost=cost,
+    fuzz=fuzz,
     check_values=check_values,
     errors=(
         BadInput("row_past_the_end", "VALUE", _with_row(0)),

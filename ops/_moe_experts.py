@@ -19,7 +19,7 @@ from glm5_hal.ops._grouped_gemm import expert_weights
 from glm5_hal.ops._moe_combine import router_weights
 from glm5_hal.ops._moe_permute import chosen_experts
 from glm5_hal.ops._silu_and_mul import SPEC as ACTIVATION
-from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar
+from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample, Scalar
 
 
 def moe_experts(
@@ -125,6 +125,13 @@ def _integers(draw: Draw, T: int, D: int, I: int, E: int, dtype: str) -> tuple[T
     return x.to(kind), w_gate_up.to(kind), w_down.to(kind)
 
 
+def fuzz(pick: Pick) -> Sample:
+    experts = pick.integer(1, 12)
+    axes = {"T": pick.integer(0, 30), "K": pick.integer(1, min(6, experts)), "D": pick.integer(1, 90), "E": experts}
+    how = {"elsewhere": pick.integer(0, 8), "shared": pick.of((False, True)), "limit": pick.of((None, 0.75))}
+    return Sample("fuzz", {**axes, "I": pick.integer(1, 60), **how}, tags=frozenset({"empty"}))
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     """Counts every slot as an expert that is here."""
     T, K, D, I, E = (axes[a] for a in "TKDIE")  # noqa: E741
@@ -168,6 +175,7 @@ SPEC = OpSpec(
     inputs=inputs,
     accuracy={"out": Calibrated(depth=("D", "I", "K"), amplify=lambda args: 4.0)},
     cost=cost,
+    fuzz=fuzz,
     check_values=check_values,
     errors=(
         BadInput("expert_too_large", "VALUE", _with_id(7)),

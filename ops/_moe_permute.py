@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glm5_hal.ops._common import checks
 from glm5_hal.ops._common.precision import down, up
-from glm5_hal.spec import FLOATS, Arg, BadInput, BitExact, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar
+from glm5_hal.spec import FLOATS, Arg, BadInput, BitExact, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample, Scalar
 
 
 def moe_permute(x: Tensor, topk_ids: Tensor, *, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,6 +78,12 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     return Inputs({"x": x.masked_fill(unread, 77.0), "topk_ids": ids, "num_experts": E}, {"x": unread})
 
 
+def fuzz(pick: Pick) -> Sample:
+    experts = pick.integer(1, 40)
+    axes = {"T": pick.integer(0, 60), "K": pick.integer(1, min(8, experts)), "D": pick.integer(1, 200), "E": experts}
+    return Sample("fuzz", {**axes, "elsewhere": pick.integer(0, 8)}, tags=frozenset({"empty"}))
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, K, D = axes["T"], axes["K"], axes["D"]
     return Cost(flops=0, bytes=axes["itemsize"] * (T * D + T * K * D) + 4 * (2 * T * K + axes["num_experts"] + 1))
@@ -113,6 +119,7 @@ SPEC = OpSpec(
     inputs=inputs,
     accuracy={"permuted": BitExact(), "expert_offsets": BitExact(), "inverse_ids": BitExact()},
     cost=cost,
+    fuzz=fuzz,
     check_values=check_values,
     errors=(
         BadInput("expert_too_large", "VALUE", _with_id(7)),

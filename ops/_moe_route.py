@@ -22,6 +22,7 @@ from glm5_hal.spec import (
     Inputs,
     OpSpec,
     Out,
+    Pick,
     Sample,
     Scalar,
     Selection,
@@ -198,6 +199,19 @@ def _distinct_groups(draw: Draw, logits: Tensor, n_group: int, values: int) -> T
     return ((step + order[..., None]).to(logits.dtype) / 4).flatten(1)
 
 
+def fuzz(pick: Pick) -> Sample:
+    groups, size = pick.integer(1, 6), pick.integer(2, 40)
+    kept = pick.integer(1, groups)
+    axes = {"T": pick.integer(0, 30), "E": groups * size, "n_group": groups, "topk_group": kept}
+    how = {"norm_topk_prob": pick.of((True, False)), "scoring_func": pick.of(("sigmoid", "softmax"))}
+    more = {
+        "top_k": pick.integer(1, min(16, kept * size)),
+        "routed_scaling_factor": 2.5,
+        "biased": pick.of((True, False)),
+    }
+    return Sample("fuzz", {**axes, **how, **more}, dtypes=("float32",))
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, E, K = axes["T"], axes["E"], axes["top_k"]
     return Cost(flops=6 * T * E, bytes=axes["itemsize"] * (T * E + E + T * K) + 4 * T * K)
@@ -247,6 +261,7 @@ SPEC = OpSpec(
     inputs=inputs,
     accuracy={"topk_ids": Selection(oracle_scores, padded=False), "topk_weights": Given(oracle_weights, depth=("E",))},
     cost=cost,
+    fuzz=fuzz,
     errors=(
         BadInput("top_k_zero", "SCALAR", lambda args: {**args, "top_k": 0}),
         BadInput("unknown_scoring_func", "SCALAR", lambda args: {**args, "scoring_func": "relu"}),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common.precision import down, stored, up
-from glm5_hal.spec import FLOATS, Arg, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar
+from glm5_hal.spec import FLOATS, Arg, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample, Scalar
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -46,6 +46,10 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     return Inputs({"x": x, "weight": draw.uniform(D, dtype=dtype, low=0.25, high=1.0), "eps": 1e-5})
 
 
+def fuzz(pick: Pick) -> Sample:
+    return Sample("fuzz", {"T": pick.integer(0, 70), "D": pick.integer(1, 1100)})
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, D = prod(axes["..."]), axes["D"]
     return Cost(flops=4 * T * D, bytes=axes["itemsize"] * (2 * T * D + D))
@@ -69,5 +73,6 @@ SPEC = OpSpec(
     inputs=inputs,
     accuracy={"y": Calibrated(depth=("D",))},
     cost=cost,
+    fuzz=fuzz,
     source="spec 2.1; Zhang and Sennrich, arXiv:1910.07467",
 )

@@ -24,6 +24,7 @@ from glm5_hal.spec import (
     Inputs,
     OpSpec,
     Out,
+    Pick,
     Sample,
     Scalar,
 )
@@ -94,6 +95,12 @@ def _odd(draw: Draw, *shape: int, below: int) -> Tensor:
     return 2.0 * draw.integers(-below // 2, below // 2, *shape) + 1.0
 
 
+def fuzz(pick: Pick) -> Sample:
+    heads = pick.of(((), (pick.integer(0, 5),), (pick.integer(1, 3), pick.integer(1, 3))))
+    shape = (pick.integer(0, 70), *heads, 2 * pick.integer(1, 70))
+    return Sample("fuzz", {"shape": shape, "layout": pick.of(LAYOUTS)}, fill=pick.of(("normal", "exact")))
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     n = axes["T"] * axes["R"] * prod(axes["..."])
     return Cost(flops=3 * n, bytes=axes["itemsize"] * 2 * n + 4 * axes["T"] * axes["R"])
@@ -125,6 +132,7 @@ SPEC = OpSpec(
     inputs=inputs,
     accuracy={"y": Calibrated()},
     cost=cost,
+    fuzz=fuzz,
     errors=(
         BadInput("odd_rotary_dim", "SHAPE", _odd_width),
         BadInput("unknown_layout", "SCALAR", lambda args: {**args, "layout": "neox"}),

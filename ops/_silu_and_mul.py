@@ -21,6 +21,7 @@ from glm5_hal.spec import (
     Inputs,
     OpSpec,
     Out,
+    Pick,
     Sample,
     Scalar,
 )
@@ -89,6 +90,11 @@ def amplification(args: Mapping[str, Any]) -> Tensor:
     return torch.where(left > 0, most / left, 1.0)
 
 
+def fuzz(pick: Pick) -> Sample:
+    shape = (pick.integer(0, 40), *pick.of(((), (pick.integer(1, 4),))), 2 * pick.integer(1, 300))
+    return Sample("fuzz", {"shape": shape, **pick.of(({}, {"limit": 1.5}))})
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     n = axes["D2"] // 2 * prod(axes["..."])
     return Cost(flops=5 * n, bytes=axes["itemsize"] * 3 * n)
@@ -118,6 +124,7 @@ SPEC = OpSpec(
     inputs=inputs,
     accuracy={"y": Calibrated(amplify=amplification)},
     cost=cost,
+    fuzz=fuzz,
     errors=(
         BadInput("odd_width", "SHAPE", lambda args: {**args, "x": args["x"][..., :-1]}),
         BadInput("limit_zero", "SCALAR", lambda args: {**args, "limit": 0.0}),

@@ -27,6 +27,7 @@ from glm5_hal.spec import (
     Inputs,
     OpSpec,
     Out,
+    Pick,
     Sample,
     Scalar,
 )
@@ -137,6 +138,13 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     return Inputs({"q": q, "indices": indices, **made.args}, made.poison)
 
 
+def fuzz(pick: Pick) -> Sample:
+    axes = {**TINY, "H": pick.integer(1, 70), "L": 128 * pick.integer(1, 3), "K": pick.integer(1, 130)}
+    lens = pick.lens(requests=5, new=9, keys=300)
+    paged = {"lens": lens, "page": pick.of((8, 1, 16, 64)), "format": pick.of(formats("latent"))}
+    return Sample("fuzz", {**axes, **paged, "holes": pick.of((False, True))}, tags=frozenset({"empty"}))
+
+
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, H, L, R, K = axes["T"], axes["H"], axes["kv_lora_rank"], axes["W"] - axes["kv_lora_rank"], axes["K"]
     return Cost(
@@ -183,6 +191,7 @@ SPEC = OpSpec(
         "lse": AbsoluteError(depth=("W",), amplify=score_amplification),
     },
     cost=cost,
+    fuzz=fuzz,
     check_values=check_values,
     errors=(BadInput("index_past_end", "VALUE", _index_past_end),),
     source="spec 3.2, 3.3, 6.1, 14.2, 14.8",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import checks
-from glm5_hal.spec import Arg, BadInput, Cost, Draw, Inputs, OpSpec, Out, Sample, Scalar, Selection
+from glm5_hal.spec import Arg, BadInput, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample, Scalar, Selection
 
 #: Scores and lengths of one row read as they are: no rounding stands between a score and its place.
 EXACT_SCORES = 0.0
@@ -81,13 +81,19 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
         kinds = draw.integers(0, 8, T, S)
         for code, value in enumerate((torch.nan, -torch.inf, torch.inf, -0.0)):
             scores[kinds == code] = value
-        scores[0] = -torch.inf
+        scores[:1] = -torch.inf
     lengths = draw.integers(0, S + 1, T).int()
     if T > 1:
         lengths[0], lengths[-1] = S, min(S, K - 1)
     beyond = torch.arange(S) >= lengths[:, None]
     scores[beyond] = 96.0  # garbage that would win
     return Inputs({"scores": scores, "seq_lens": lengths, "top_k": K}, {"scores": beyond})
+
+
+def fuzz(pick: Pick) -> Sample:
+    axes = {"T": pick.integer(0, 12), "S": pick.integer(0, 700), "K": pick.integer(1, 300)}
+    kinds: tuple[dict[str, Any], ...] = ({}, {"values": 5}, {"non_finite": True}, {"zeros": True})
+    return Sample("fuzz", {**axes, **pick.of(kinds)})
 
 
 def cost(axes: Mapping[str, Any]) -> Cost:
@@ -123,6 +129,7 @@ SPEC = OpSpec(
     inputs=inputs,
     accuracy={"indices": Selection(oracle_scores)},
     cost=cost,
+    fuzz=fuzz,
     check_values=check_values,
     errors=(
         BadInput("seq_lens_too_long", "VALUE", _too_long),

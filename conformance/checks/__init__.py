@@ -4,7 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from glm5_hal.conformance.checks import accuracy, batch, form, fresh, integrity, layout, plan, poison, rerun
+from glm5_hal.conformance.checks import (
+    accuracy,
+    alias,
+    batch,
+    compiled,
+    form,
+    fresh,
+    graph,
+    integrity,
+    layout,
+    nonfinite,
+    plan,
+    poison,
+    provenance,
+    rerun,
+    threads,
+    workspace,
+)
 from glm5_hal.conformance.trial import Finding, Trial
 
 CHECKS: Mapping[str, Callable[[Trial], Finding]] = {
@@ -17,4 +34,11 @@ CHECKS: Mapping[str, Callable[[Trial], Finding]] = {
     "layout": layout.check,
     "plan": plan.check,
     "batch": batch.check,
+    "workspace": workspace.check,
+    "alias": alias.check,
+    "nonfinite": nonfinite.check,
+    "threads": threads.check,
+    "graph": graph.check,
+    "compiled": compiled.check,
+    "provenance": provenance.check,
 }

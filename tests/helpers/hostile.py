@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -84,9 +85,11 @@ def kernels() -> Sequence[Kernel]:
 
 
 def _after(good: Kernel) -> Callable[..., Any]:
-    """The honest kernel, after its deed."""
+    """An honest kernel, after its deed. It is a copy: a wrapper of another's kernel would be found out as one."""
 
     signature = inspect.signature(good.fn)
+    own = FunctionType(good.fn.__code__.replace(co_name="own"), good.fn.__globals__)
+    own.__defaults__, own.__kwdefaults__ = good.fn.__defaults__, good.fn.__kwdefaults__
 
     @wraps(good.fn)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -94,7 +97,7 @@ def _after(good: Kernel) -> Callable[..., Any]:
         if "HOSTILE_DIARY" in os.environ:
             with Path(os.environ["HOSTILE_DIARY"]).open("a", encoding="ascii") as diary:
                 diary.write(f"{good.op} {os.getpid()}\n")
-        return good.fn(*args, **kwargs)
+        return own(*args, **kwargs)
 
     return run
 

@@ -84,10 +84,12 @@ def results(
 ) -> Iterator[Result]:
     """What the suite says of one kernel, case by case.
 
+    A function's own ``provider`` says what it is made of.
     ``dtypes`` and ``samples`` are globs; ``errors`` adds the bad inputs; ``checks`` leaves out all others; ``parts``
     are kernels of other ops, for a composite that is judged by its default.
     """
-    made = [Made(op, fn, frozenset(provides), tuple(requires))] if fn is not None else []
+    provider = getattr(fn, "provider", "native")
+    made = [Made(op, fn, frozenset(provides), tuple(requires), provider)] if fn is not None else []
     made += [Made(name, part, frozenset(provides)) for name, part in (parts or {}).items()]
     chosen = [c for c in _cases(op, level) if _wanted(c, dtypes, samples, errors)]
     with installed(*made), only(checks):

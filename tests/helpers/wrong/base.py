@@ -39,7 +39,7 @@ def bodied(op: str, name: str, body: Body, by: str | tuple[str, ...] = "accuracy
 
 
 def wrapped(op: str, run: Callable[[Fn, dict[str, Any]], Any]) -> Fn:
-    """A kernel that does something around the reference."""
+    """A kernel that does something around the reference, and says so."""
     reference, signature = reference_of(op), specs()[op].signature
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
@@ -48,4 +48,5 @@ def wrapped(op: str, run: Callable[[Fn, dict[str, Any]], Any]) -> Fn:
         return run(reference, dict(bound.arguments))
 
     wrong.__signature__ = signature  # type: ignore[attr-defined]
+    wrong.provider = "reference"  # type: ignore[attr-defined]
     return wrong

@@ -68,7 +68,10 @@ def the_caches() -> list[Wrong]:
     found = []
     for op in ("mla_cache_write", "index_cache_write"):
         found += [bodied(op, name, honest.write(**how)) for name, how in WRITES.items()]
-        found += [bodied(op, name, honest.write(q), dtypes=("*",)) for name, q in QUANTISERS.items()]
+        found += [
+            bodied(op, name, honest.write(q), "accuracy" if q.nonfinite else ("accuracy", "nonfinite"), dtypes=("*",))
+            for name, q in QUANTISERS.items()
+        ]
     found += [
         bodied("mla_cache_write", "scale and rope swapped", honest.write(fields=lambda f: (f[0], *reversed(f[1:])))),
         bodied("mla_cache_write", "rope before the latent", honest.write(fields=lambda f: tuple(reversed(f)))),

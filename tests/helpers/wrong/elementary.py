@@ -80,7 +80,7 @@ def elementary() -> list[Wrong]:
         bodied("silu_and_mul", "gate cut from below", honest.silu_and_mul(gate=lambda g, m: g.clamp(-m, m))),
         bodied("silu_and_mul", "up cut from above only", honest.silu_and_mul(up=lambda u, m: u.clamp(max=m))),
         bodied("silu_and_mul", "no clamp", honest.silu_and_mul(gate=lambda g, m: g, up=lambda u, m: u)),
-        bodied("silu_and_mul", "NaN clamped away", honest.silu_and_mul(up=lambda u, m: torch.where(u > -m, torch.where(u < m, u, m), -m))),
+        bodied("silu_and_mul", "NaN clamped away", honest.silu_and_mul(up=lambda u, m: torch.where(u > -m, torch.where(u < m, u, m), -m)), ("accuracy", "nonfinite")),
         bodied("silu_and_mul", "silu clamped instead", honest.silu_and_mul(silu, gate=lambda g, m: g, up=lambda u, m: u.clamp(-m, m))),
         bodied("hadamard", "stages in bfloat16", _stage_by_stage),
         bodied("hadamard", "no scale", _unscaled),

@@ -1,0 +1,132 @@
+"""The kernel that the dispatcher chose ran, and computed the result itself, where its tensors are.
+
+Every Python function that one run enters is noted. A kernel that enters a reference, the oracle, another kernel of the
+same op or the op itself is a wrapper; calling torch, and other ops, is its own business. It is no security boundary: a
+copy of the reference's source under another name is another function, and threads that were there before are not seen.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+
+from glm5_hal import context, ops
+from glm5_hal.backend import Kernel, Unavailable
+from glm5_hal.backends import _torch
+from glm5_hal.conformance import oracle
+from glm5_hal.conformance.intercept import operations
+from glm5_hal.conformance.trial import Finding, Trial
+from glm5_hal.errors import HalError
+from glm5_hal.ops._common import references
+
+
+def check(trial: Trial) -> Finding:
+    kernel, entered = trial.kernel, Counter[CodeType]()
+    placed, host = trial.place(trial.inputs.args), Transfers(trial.device)
+    with _noting(entered), nullcontext() if trial.device.split(":")[0] == "cpu" else operations(host):
+        trial.call(**placed)
+    own = code_of(kernel.fn)
+    if own is not None and not entered[own]:
+        return Finding(False, f"the chosen kernel {kernel.provider} did not run")
+    if reentered(trial.spec.name, entered) > 1:
+        return Finding(False, f"calls glm5_hal.ops.{trial.spec.name}, the op that it is a kernel of")
+    if kernel.provider != "reference":
+        for code, what in _forbidden(trial).items():
+            if code is not own and entered[code]:
+                return Finding(False, f"runs {what}")
+    return Finding(not host.moved, f"moves {', '.join(host.moved)} to the host" if host.moved else "")
+
+
+def code_of(fn: Callable[..., Any]) -> CodeType | None:
+    """What an interpreter enters when it calls ``fn``; None where that is no Python code."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    fn = getattr(fn, "__func__", fn)
+    found = getattr(fn, "__code__", None) or getattr(type(fn).__dict__.get("__call__"), "__code__", None)
+    return found if isinstance(found, CodeType) else None
+
+
+def reentered(op: str, entered: Counter[CodeType]) -> int:
+    """How often an op was called. Its functions are compiled anew whenever its table needs it: known by their name."""
+    return sum(
+        times
+        for code, times in entered.items()
+        if code.co_filename == f"<glm5_hal op {op}>" and code.co_name in ("__call__", "from_torch")
+    )
+
+
+@contextmanager
+def _noting(entered: Counter[CodeType]) -> Iterator[None]:
+    def note(frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call":
+            entered[frame.f_code] += 1
+
+    before, of_threads = sys.getprofile(), threading.getprofile()
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+        threading.setprofile(of_threads)
+
+
+def _forbidden(trial: Trial) -> dict[CodeType, str]:
+    """What a kernel of this op must not enter, in words."""
+    name, own = trial.spec.name, trial.kernel
+    found: dict[CodeType | None, str] = {code_of(fn): "the suite's oracle" for fn in (oracle.truth, oracle.emulation)}
+    for op, spec in ops.specs().items():
+        if not spec.composite:  # a composite's body runs whenever another op's kernel calls the composite
+            found[code_of(spec.reference)] = f"glm5_hal's reference of {op}"
+        if spec.emulate is not None and not spec.composite:
+            found[code_of(spec.emulate)] = f"glm5_hal's emulation of {op}"
+    if own.provider != "composite":
+        found[code_of(trial.spec.reference)] = f"glm5_hal's reference of {name}"
+    for fn in (references.reference_of, references.loosest(_nothing)):
+        found.setdefault(code_of(fn), "glm5_hal's references")
+    for whose, kernel in _kernels_of(name):
+        if kernel.provider != "composite":
+            found.setdefault(code_of(kernel.fn), f"{whose}:{kernel.provider}, another kernel of {name}")
+    return {code: what for code, what in found.items() if code is not None}
+
+
+def _nothing() -> None: ...
+
+
+def _kernels_of(op: str) -> Iterator[tuple[str, Kernel]]:
+    """The kernels of an op that are installed here, the shared ones among them."""
+    catalogue = context.catalogue()
+    for record in catalogue.records:
+        if record.status == "ok" and not isinstance(catalogue.device(record.name), Unavailable):
+            try:
+                yield from ((record.name, kernel) for kernel in catalogue.kernels(record.name, op))
+            except HalError:  # a broken plugin, which is nobody's kernel
+                continue
+    yield from (("backends._torch", kernel) for kernel in _torch.kernels() if kernel.op == op)
+
+
+class Transfers:
+    """Notes numbers that leave their device for the host. Lengths and indices may: some vendors take Python lists."""
+
+    def __init__(self, device: str) -> None:
+        self._type = device.split(":")[0]
+        self.moved: list[str] = []
+
+    def __call__(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if isinstance(out, torch.Tensor) and out.device.type == "cpu" and out.numel() > 1 and _number(out):
+            here = [t for t in args if isinstance(t, torch.Tensor) and t.device.type == self._type]
+            self.moved += [f"{t.dtype} {list(t.shape)}" for t in here[:1]]
+        return out
+
+
+def _number(t: torch.Tensor) -> bool:
+    return t.is_floating_point() or t.dtype == torch.uint8

@@ -1,0 +1,91 @@
+"""What a kernel gives for a row alone, in another order or twice: the same bits where claimed, else as good."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import honest
+import pytest
+import torch
+from honest import Args
+from stand_in import Made, installed
+from trying import caught_by, said
+
+from glm5_hal.conformance import runner
+from glm5_hal.conformance.cases import find
+from glm5_hal.conformance.checks import batch
+
+NORM, DECODE = honest.rms_norm(), honest.decode()
+
+
+def wrong_for_one(a: Args) -> Any:
+    """A matrix-vector path of its own, with a fault."""
+    y = NORM(a)
+    return y * 1.01 if len(y) == 1 else y
+
+
+def wrong_from_six(a: Args) -> Any:
+    """Tiles of five rows: the sixth is a copy of the first."""
+    y = NORM(a)
+    return torch.cat([y[:5], y[:1].expand(len(y) - 5, -1)]) if len(y) > 5 else y
+
+
+def first_request_longest(a: Args) -> Any:
+    """Splits for the first request's length, and drops what lies beyond."""
+    longest = int(a.seq_lens[0]) if len(a.seq_lens) else 0
+    short = longest == int(a.seq_lens.max()) and len(a.seq_lens) > 1  # no sample has its longest request first
+    out, lse = DECODE(a)
+    return (out * 1.05 if short else out), lse
+
+
+@pytest.mark.parametrize(
+    ("op", "body", "what"),
+    [
+        ("rms_norm", wrong_for_one, "the first token alone: y: "),
+        ("rms_norm", wrong_from_six, "tokens twice: y: "),
+        ("mla_decode", first_request_longest, "requests backwards: out: "),
+    ],
+)
+def test_without_the_claim_a_worse_result_is_caught_by_this_check_alone(op: str, body: Any, what: str) -> None:
+    how: dict[str, Any] = {"samples": ("tokens", "decode-latent_576")}
+    assert caught_by(op, body, **how) == {"batch"}
+    assert said(op, body, "batch", **how).startswith(f"failed: {what}")
+
+
+def test_other_bits_are_right_unless_the_claim_is_made() -> None:
+    def bits(a: Args) -> Any:
+        return honest.rms_norm(honest.NORMS["in double" if len(a.x) == 1 else "rsqrt"])(a)
+
+    how: dict[str, Any] = {"samples": ("tokens",)}
+    assert caught_by("rms_norm", bits, **how) == set()
+    assert caught_by("rms_norm", bits, provides=("batch_invariant",), **how) == {"batch"}
+
+
+@pytest.mark.parametrize(
+    ("case_id", "ways"),
+    [
+        ("rms_norm[float32-tokens]", {"the first token alone", "tokens backwards", "tokens twice", "the middle alone"}),
+        ("mla_prefill[float32-causal]", {"request 1 alone", "requests backwards", "a request twice"}),
+        ("grouped_gemm[float32-ragged]", {"the last row of every expert alone"}),
+        ("moe_permute[float32-tokens]", set()),
+    ],
+)
+def test_what_a_batch_is_cut_into(case_id: str, ways: set[str]) -> None:
+    (case,) = find([case_id])
+    subject = runner.subject_of(case, 0)
+    fn = honest.kernel(case.op, lambda a: None)
+    with installed(Made(case.op, fn)):
+        chosen = runner.replace(next(iter(runner.context.catalogue().kernels("standin", case.op))))
+        trial = runner.Trial(case, subject.inputs, chosen, fn, "cpu", subject.expected, None)  # type: ignore[arg-type]
+        found = {part.what for part in batch.parts(trial)}
+    assert ways <= found
+    assert ways or not found
+
+
+def test_a_padding_token_has_no_slot() -> None:
+    (case,) = find(["mla_cache_write[float32-rows-latent_576]"])
+    subject = runner.subject_of(case, 0)
+    trial = runner.Trial(case, subject.inputs, None, None, "cpu", subject.expected, None)  # type: ignore[arg-type]
+    twice = next(p for p in batch.parts(trial) if p.what == "tokens twice")
+    assert (twice.args["slot_mapping"][19:] == -1).all()
+    assert torch.equal(twice.args["slot_mapping"][:19], subject.inputs.args["slot_mapping"])
