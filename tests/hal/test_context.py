@@ -6,11 +6,13 @@ import asyncio
 import threading
 
 import pytest
+import torch
 from toys import raised
 
 import glm5_hal
 from glm5_hal import context, hookspecs
 from glm5_hal.backend import ATTRIBUTES
+from glm5_hal.errors import HalError
 
 
 def now() -> tuple[str, str, frozenset[str], str]:
@@ -179,3 +181,13 @@ def test_reset_forgets_what_was_learnt() -> None:
 
 def test_the_group_of_entry_points_is_what_the_docs_say() -> None:
     assert hookspecs.GROUP == "glm5_hal.backends"
+
+
+def test_a_capture_is_seen_where_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's own names, which exist on every build: `setattr` refuses one that does not."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert context.capturing()
+    with pytest.raises(HalError) as caught, context.use("cpu"):
+        pass
+    assert caught.value.code == "CAPTURE"
