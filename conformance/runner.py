@@ -18,7 +18,7 @@ from glm5_hal.backend import Device, Unavailable
 from glm5_hal.capability import Rejected
 from glm5_hal.conformance import oracle
 from glm5_hal.conformance.cases import Case
-from glm5_hal.conformance.checks import CHECKS
+from glm5_hal.conformance.checks import CHECKS as CHECKS
 from glm5_hal.conformance.inputs import Draw, digest
 from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.trial import Expected, Finding, Trial, same_bits

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from stand_in import first_failure
-from wrong import ALL, Wrong
+
+from glm5_hal.conformance.mutants.stand_in import first_failure
+from glm5_hal.conformance.mutants.wrong import ALL, Wrong
 
 
 @pytest.mark.parametrize("wrong", ALL, ids=lambda wrong: wrong.id)

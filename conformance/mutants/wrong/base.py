@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from honest import Body, kernel
-
+from glm5_hal.conformance.mutants.honest import Body, kernel
 from glm5_hal.ops import specs
 from glm5_hal.ops._common.references import reference_of
 

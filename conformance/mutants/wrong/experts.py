@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import honest
 import torch
-from honest import Args
 from torch import Tensor
 
-from wrong.attention import in_storage, one_by_one
-from wrong.base import FP32, Wrong, bodied
-from wrong.indexer import one_worse, with_duplicates
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import Args
+from glm5_hal.conformance.mutants.wrong.attention import in_storage, one_by_one
+from glm5_hal.conformance.mutants.wrong.base import FP32, Wrong, bodied
+from glm5_hal.conformance.mutants.wrong.indexer import one_worse, with_duplicates
 
 
 def bias_in_weights(a: Args) -> Any:
@@ -103,12 +103,12 @@ def _forward_ids(a: Args) -> Any:
     return permuted, offsets, forward.view(inverse.shape)
 
 
-def _transposed(a: Args) -> Tensor:
+def _transposed(a: Args) -> Any:
     E, N, K = a.weight.shape
     return honest.gemm()(Args(**{**vars(a), "weight": a.weight.reshape(E, K, N).mT.contiguous()}))
 
 
-def _whole_tiles(a: Args) -> Tensor:
+def _whole_tiles(a: Args) -> Any:
     """Only whole tiles of rows, where an expert has one."""
     y = honest.gemm()(a)
     for start, stop in itertools.pairwise(a.expert_offsets.tolist()):
@@ -117,7 +117,7 @@ def _whole_tiles(a: Args) -> Tensor:
     return y
 
 
-def _last_row_lost(a: Args) -> Tensor:
+def _last_row_lost(a: Args) -> Any:
     y = honest.gemm()(a)
     ends = a.expert_offsets[1:][a.expert_offsets.diff() > 0].long() - 1
     return y.index_fill(0, ends, 0)
