@@ -1,4 +1,4 @@
-"""``glm5-hal conformance``: run the suite, list its cases."""
+"""``glm5-hal conformance``: run the suite, list its cases, judge the suite itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from glm5_hal.conformance.mutants.cli import selftest
 
 if TYPE_CHECKING:
     from glm5_hal.conformance.cases import Case
@@ -118,3 +120,6 @@ def list_cases(level: Level = "full", op: Ops = None, as_json: Json = False) -> 
         return
     for c in found:
         typer.echo(c.id)
+
+
+app.command()(selftest)
