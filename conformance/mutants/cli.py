@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def selftest(
     op: Annotated[
-        list[str] | None, typer.Option("--op", help="Only ops that match this glob. May be repeated.")
+        list[str] | None, typer.Option("--op", help="Only ops that match this glob; may be repeated.")
     ] = None,
     level: Annotated[str, typer.Option(help="quick (a fixed sample of the mutants, two draws) or full.")] = "full",
     seeds: Annotated[
@@ -68,7 +68,7 @@ def _print(report: Report) -> None:
     for column in ("fails", "alone"):
         table.add_column(column, justify="right")
     marginal = report.marginal()
-    for check, row in {**dict.fromkeys(marginal, {}), **report.matrix()}.items():
+    for check, row in {**{check: {} for check in marginal}, **report.matrix()}.items():
         table.add_row(check, str(sum(row.values())), str(len(marginal.get(check, ()))))
     console.print(table)
     for title, status in (("survived", "survived"), ("no equivalent", "wrongly argued"), ("the suite failed", "error")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,12 +32,20 @@ def main() -> None:
         lines.write("{}\n")
 
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     beat()
     for line in sys.stdin:
         job = json.loads(line)
         torch.manual_seed(0)
         answer = JOBS[job.pop("do")](beat, **job)
         lines.write(json.dumps({"answer": answer}) + "\n")
+
+
+def _end_with(parent: int) -> None:
+    """A mutant that loops must not outlive a parent that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def trace(beat: Beat, op: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -36,14 +36,7 @@ def lazy(op: str) -> Callable[[], Fn]:
 
 def memorised(op: str) -> Callable[[], Fn]:
     """Right on the inputs that the suite draws by default, known by their digests, and 1 % off on all others."""
-    spec = specs()[op]
-    known = set()
-    for sample in spec.samples():
-        if sample.level == "smoke":
-            for dtype in sample.dtypes:
-                for name in ("", " other"):
-                    drawn = spec.inputs(sample, dtype, Draw(0, f"{op}[{dtype}-{sample.id}]{name}"))
-                    known.add(digest(drawn.args))
+    known = {digest(args) for args in _default_inputs(op)}
 
     def run(reference: Fn, a: dict[str, Any]) -> Any:
         right = reference(**a)
@@ -54,9 +47,7 @@ def memorised(op: str) -> Callable[[], Fn]:
 
 def of_known_shapes(op: str) -> Callable[[], Fn]:
     """Right in the shapes of the smoke level, and 1 % off in all others."""
-    spec = specs()[op]
-    smoke = [s for s in spec.samples() if s.level == "smoke"]
-    known = {_shapes(spec.inputs(s, s.dtypes[0], Draw(0, s.id)).args) for s in smoke}
+    known = {_shapes(args) for args in _default_inputs(op)}
 
     def run(reference: Fn, a: dict[str, Any]) -> Any:
         right = reference(**a)
@@ -73,8 +64,9 @@ def unfinished(op: str) -> Callable[[], Fn]:
         later = _each(right, torch.zeros_like)
 
         def fill() -> None:
-            for empty, full in zip(_tuple(later), _tuple(right), strict=True):
-                empty.copy_(full)
+            with torch.inference_mode():
+                for empty, full in zip(_tuple(later), _tuple(right), strict=True):
+                    empty.copy_(full)
 
         timer = threading.Timer(0.05, fill)
         timer.daemon = True
@@ -162,8 +154,8 @@ def cheats() -> list[Wrong]:
             Wrong(op, "remembers the default inputs", memorised(op), ANY_DRAW, dtypes=FP32, seeds=(0, 1)),
             Wrong(op, "calls the reference", borrowed(op), needs="provenance"),
             Wrong(op, "calls another backend", handed_on(op), needs="provenance"),
-            Wrong(op, "one workspace for all threads", one_workspace(op), needs="concurrency"),
-            Wrong(op, f"works in {read} and restores it", restored(op, read), needs="concurrency"),
+            Wrong(op, "one workspace for all threads", one_workspace(op), needs="threads"),
+            Wrong(op, f"works in {read} and restores it", restored(op, read), needs="threads"),
             Wrong(op, "right in the shapes of the smoke level", of_known_shapes(op), needs="fuzz"),
             Wrong(op, "right where the suite calls it", watching(op), needs="shadow mode"),
         ]
@@ -172,6 +164,15 @@ def cheats() -> list[Wrong]:
 
 #: A draw that was not memorised shows it; so may any check that changes the inputs.
 ANY_DRAW = ("accuracy", "poison", "layout", "batch")
+
+
+def _default_inputs(op: str) -> Iterator[Mapping[str, Any]]:
+    """What the smoke level draws with seed 0."""
+    spec = specs()[op]
+    for sample in (s for s in spec.samples() if s.level == "smoke"):
+        for dtype in sample.dtypes:
+            for stream in ("", " other"):
+                yield spec.inputs(sample, dtype, Draw(0, f"{op}[{dtype}-{sample.id}]{stream}")).args
 
 
 def _tuple(returned: Any) -> tuple[Tensor, ...]:
@@ -190,5 +191,5 @@ def _span(t: Tensor) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
 
 
-def _shapes(args: dict[str, Any] | Any) -> str:
-    return str([tuple(v.shape) if isinstance(v, Tensor) else v for v in args.values()])
+def _shapes(args: Mapping[str, Any]) -> str:
+    return str(sorted((name, tuple(v.shape)) for name, v in args.items() if isinstance(v, Tensor)))
