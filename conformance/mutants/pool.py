@@ -35,14 +35,19 @@ class _Worker:
     fresh: bool = True
 
 
-def run(jobs: Iterable[Job], workers: int, deadline: float) -> Iterator[tuple[Job, Answer]]:
-    """Every job with its answer, as they come. ``deadline``: seconds that a worker may be silent."""
+def run(
+    jobs: Iterable[Job], workers: int, deadline: float, serve: str = "glm5_hal.conformance.mutants.worker"
+) -> Iterator[tuple[Job, Answer]]:
+    """Every job with its answer, as they come.
+
+    ``deadline``: seconds that a worker may be silent. ``serve``: the module whose ``main`` answers jobs.
+    """
     waiting, crew = deque(jobs), list[_Worker]()
     with selectors.DefaultSelector() as events:
         try:
             while waiting or any(w.job for w in crew):
                 while waiting and len(crew) < workers:
-                    crew.append(_hired(events))
+                    crew.append(_hired(events, serve))
                 for worker in crew:
                     if worker.job is None and waiting:
                         _give(worker, waiting.popleft())
@@ -63,9 +68,9 @@ def run(jobs: Iterable[Job], workers: int, deadline: float) -> Iterator[tuple[Jo
                 _dismiss(worker, events)
 
 
-def _hired(events: selectors.BaseSelector) -> _Worker:
+def _hired(events: selectors.BaseSelector, serve: str) -> _Worker:
     path = [entry for entry in sys.path if isinstance(entry, str)]
-    boot = f"import sys; sys.path[:] = {path!r}; from glm5_hal.conformance.mutants import worker; worker.main()"
+    boot = f"import sys; sys.path[:] = {path!r}; import {serve} as worker; worker.main()"
     command = [sys.executable, "-c", boot]
     noise = tempfile.TemporaryFile()  # noqa: SIM115 - closed with its worker
     process = subprocess.Popen(
