@@ -28,7 +28,6 @@ from glm5_hal import ops
 from glm5_hal.backend import Kernel
 from glm5_hal.backends import _torch
 from glm5_hal.backends._torch import caches
-from glm5_hal.backends.cpu import reference
 from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.mutants.operators import Mutation, mutated, mutations
 from glm5_hal.ops._common.references import reference_of
@@ -55,24 +54,18 @@ class Mechanical:
 
 
 @cache
-def kernels() -> Mapping[str, Kernel]:
-    """The kernels that are mutated, by op: those of the torch provider; a composite's own body where there is none."""
-    own = {k.op: k for k in _torch.kernels()}
-    claims = {k.op: k.provides for k in reference.kernels()}
-    bodies = {
-        name: Kernel(name, "torch", reference_of(name), provides=claims[name])
-        for name in ops.names()
-        if name not in own
-    }
-    return {**own, **bodies}
+def kernels() -> Mapping[str, Callable[..., Any]]:
+    """What is mutated, by op: the kernels of the torch provider; a composite's own body where there is none."""
+    own = {k.op: k.fn for k in _torch.kernels()}
+    return {name: own.get(name) or reference_of(name) for name in ops.names()}
 
 
 @cache
 def sources() -> Mapping[str, types.ModuleType]:
     """The modules that are mutated, by short name: where those kernels are, and what they share."""
     places = [caches.__name__]
-    for op, kernel in kernels().items():
-        places.append(kernel.fn.__module__ if _is_torch(kernel.fn.__module__) else ops.specs()[op].reference.__module__)
+    for op, fn in kernels().items():
+        places.append(fn.__module__ if _is_torch(fn.__module__) else ops.specs()[op].reference.__module__)
     return {name.rpartition(".")[2]: sys.modules[name] for name in dict.fromkeys(places)}
 
 
@@ -165,7 +158,7 @@ def executed(op: str, cases: Sequence[Case], arguments: Callable[[Case], Mapping
         sys.settrace(called)
         try:
             with torch.inference_mode():
-                kernels()[op].fn(**args)
+                kernels()[op](**args)
         finally:
             sys.settrace(outer)
         found[case.id] = sorted(lines)

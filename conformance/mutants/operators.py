@@ -124,6 +124,8 @@ def _inside(node: ast.AST, path: tuple[Step, ...]) -> Iterator[tuple[tuple[Step,
         if field == "annotation":
             continue
         for i, item in enumerate(value) if isinstance(value, list) else ((None, value),):
+            if isinstance(item, ast.keyword) and item.arg == "strict":
+                continue  # an assertion
             if isinstance(item, ast.AST) and not isinstance(item, (ast.stmt, ast.expr_context, ast.excepthandler)):
                 yield (*path, (field, i)), item
                 yield from _inside(item, (*path, (field, i)))
@@ -175,7 +177,7 @@ RENAMED = {
     "max": "min", "zeros": "ones", "new_zeros": "new_ones", "cumsum": "cumprod", "sigmoid": "tanh", "sub_": "add_",
     "add_": "sub_", "mul": "div", "mul_": "div_", "neg": "abs", "mm": "add",
 }  # fmt: skip
-COMMUTATIVE = ("max", "min", "maximum", "minimum")
+COMMUTATIVE = ("max", "min", "maximum", "minimum", "transpose")
 NARROWED = {"float32": "bfloat16", "float64": "float32", "float": "bfloat16", "double": "float", "int16": "int32"}
 
 
@@ -207,7 +209,7 @@ def _constant(node: ast.AST) -> Iterator[ast.AST]:
 
 def _index(node: ast.AST) -> Iterator[ast.AST]:
     if isinstance(node, ast.Slice):
-        if node.lower is not None:
+        if node.lower is not None and not (isinstance(node.lower, ast.Constant) and node.lower.value == 0):
             yield ast.Slice(None, node.upper, node.step)
         if node.upper is not None:
             yield ast.Slice(node.lower, None, node.step)

@@ -34,7 +34,7 @@ def test_ids_say_where_and_are_unique() -> None:
 def test_a_mutant_is_in_place_for_a_while_and_for_all_who_call_it() -> None:
     mutant = one("elementary.rope", "ya.copy_(a * c + b * s)")
     x, turn = torch.ones(2, 4), torch.full((2, 2), 0.5)
-    rope = mechanical.kernels()["rope"].fn
+    rope = mechanical.kernels()["rope"]
     right = rope(x, turn, turn)
     with mechanical.in_place(mutant):
         assert not torch.equal(rope(x, turn, turn), right)
