@@ -22,7 +22,8 @@ def selftest(
         int | None, typer.Option(help="Draws that honest kernels are judged on: 20, or 2 if quick.", min=0)
     ] = None,
     matrix: Annotated[
-        bool, typer.Option("--matrix", help="Judge every mutant on all of its cases, and write kill-matrix.md.")
+        bool,
+        typer.Option("--matrix", help="Go on after the first failure of a mutant, and write kill-matrix.md to OUT."),
     ] = False,
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
     timeout: Annotated[float, typer.Option(help="Seconds after which a case hangs.")] = 60.0,

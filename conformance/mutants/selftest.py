@@ -156,7 +156,7 @@ def run(
         only: globs of ops.
         level: "full", or "quick": a fixed sample of the mutants and two draws.
         seeds: draws that honest kernels are judged on; None: 20, or 2 at the quick level.
-        everything: do not stop at a mutant's first failing case, and judge the equivalent ones too.
+        everything: go on after a mutant's first failing case, to see what else fails it; judge the equivalent ones too.
         workers: processes.
         deadline: seconds that one case may take.
         show: called with what is done, what there is, and what happens.

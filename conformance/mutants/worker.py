@@ -23,6 +23,9 @@ from glm5_hal.conformance.results import Result
 
 Beat = Callable[[], None]
 
+#: Failed cases after which nothing more is learnt of a mutant that several checks have failed.
+ENOUGH = 4
+
 
 def main() -> None:
     """Answer jobs from stdin until it ends."""
@@ -108,21 +111,21 @@ def _results(beat: Beat, made: Sequence[Made], chosen: Sequence[Case], seed: int
 
 
 def _verdict(results: Iterator[Result], everything: bool) -> dict[str, Any]:
-    start, judged, failed = time.perf_counter(), 0, list[Result]()
+    judged, failed, checks = 0, list[Result](), set[str]()
     for result in results:
         judged += 1
         if not result.ok:
             failed.append(result)
-            if not everything:
+            checks |= set(_failing(result))
+            if not everything or (len(failed) >= ENOUGH and len(checks) > 1):
                 break
     first = failed[0] if failed else None
     return {
-        "checks": sorted({name for r in failed for name in _failing(r)}),
+        "checks": sorted(checks),
         "by": _failing(first)[0] if first else "",
         "case": first.case if first else "",
         "detail": first.detail[:300] if first else "",
         "cases": judged,
-        "seconds": round(time.perf_counter() - start, 3),
     }
 
 

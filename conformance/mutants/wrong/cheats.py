@@ -152,11 +152,11 @@ def cheats() -> list[Wrong]:
             Wrong(op, "not finished when it returns", unfinished(op)),
             Wrong(op, f"reads past {read}", past_the_end(op, read), "rerun"),
             Wrong(op, "remembers the default inputs", memorised(op), ANY_DRAW, dtypes=FP32, seeds=(0, 1)),
-            Wrong(op, "calls the reference", borrowed(op), needs="provenance"),
-            Wrong(op, "calls another backend", handed_on(op), needs="provenance"),
-            Wrong(op, "one workspace for all threads", one_workspace(op), needs="threads"),
-            Wrong(op, f"works in {read} and restores it", restored(op, read), needs="threads"),
-            Wrong(op, "right in the shapes of the smoke level", of_known_shapes(op), needs="fuzz"),
+            Wrong(op, "calls the reference", borrowed(op), "provenance", needs="provenance"),
+            Wrong(op, "calls another backend", handed_on(op), "provenance", needs="provenance"),
+            Wrong(op, "one workspace for all threads", one_workspace(op), "threads", needs="threads"),
+            Wrong(op, f"works in {read} and restores it", restored(op, read), "threads", needs="threads"),
+            Wrong(op, "right in the shapes of the smoke level", of_known_shapes(op), "fuzz", needs="fuzz"),
             Wrong(op, "right where the suite calls it", watching(op), needs="shadow mode"),
         ]
     return found
