@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,14 @@ def test_the_page_names_every_check_and_what_survives() -> None:
     pending = Outcome(replace(HAND, id="rope-cheat", needs="provenance"))
     page = matrix.page(report(DEAD, Outcome(MACHINE, ("raises",), "raises"), pending))
     assert all(f"| {check} |" in page for check in CHECKS)
-    assert "| accuracy | 1 | 1 |" in page
+    assert "| accuracy | 1 | 1 |" in page  # one of the theme, one in all
+    assert "| accuracy | 1 | 0 | `layout` measures again" in page
     assert "| `rope-cheat` | provenance |" in page
+
+
+def test_a_check_that_finds_nothing_alone_is_justified() -> None:
+    rows = re.findall(r"^\| (\w+) \| \d+ \| 0 \| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [check for check, why in rows if why == "nothing"] == []
 
 
 def test_the_published_page_is_about_these_checks_and_mutants() -> None:
