@@ -206,6 +206,8 @@ def by_machine(
     jobs: list[pool.Job] = [{"do": "trace", "op": op} for op in mechanical.kernels()]
     lines: dict[str, dict[str, list[str]]] = {}
     for done, (job, answer) in enumerate(pool.run(jobs, workers, deadline), 1):
+        if "lost" in answer:
+            raise RuntimeError(f"{job['op']} could not be traced: {answer['detail']}")
         show(done, len(jobs), f"what {job['op']} executes")
         for case, executed in answer.items():
             for line in executed:
