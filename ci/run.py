@@ -1,6 +1,7 @@
 """Every job of this repository, in an environment that it makes itself.
 
     python3 ci/run.py conformance    the conformance suite on the built-in CPU backend at GLM-5's real widths
+    python3 ci/run.py selftest       every mutant and every honest kernel through the suite
     python3 ci/run.py lint           ruff and mypy
     python3 ci/run.py test           lint, docs freshness and all tests: what CI runs
 
@@ -32,6 +33,7 @@ LINT = [
 ]
 JOBS = {
     "conformance": [[str(BIN / "glm5-hal"), *SUITE.split()]],
+    "selftest": [[str(BIN / "glm5-hal"), "conformance", "selftest"]],
     "lint": LINT,
     # pytest comes last: its closing line is the run's.
     "test": [*LINT, [PYTHON, "ci/docs.py", "--check"], [PYTHON, "ci/waivers.py"], [PYTHON, "-m", "pytest"]],

@@ -1,4 +1,4 @@
-"""``glm5-hal conformance``: run the suite, list its cases; and what is done with a bundle."""
+"""``glm5-hal conformance``: run the suite, list its cases, judge the suite itself; and what is done with a bundle."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from glm5_hal.conformance.bundle import commands
+from glm5_hal.conformance.mutants.cli import selftest
 
 if TYPE_CHECKING:
     from glm5_hal.conformance.results import Result
@@ -190,3 +191,4 @@ def list_cases(level: Level = "full", op: Ops = None, as_json: Json = False) -> 
 
 
 commands.register(app)
+app.command()(selftest)

@@ -20,7 +20,7 @@ from glm5_hal.backend import Device, Unavailable
 from glm5_hal.capability import Rejected
 from glm5_hal.conformance import oracle, relations
 from glm5_hal.conformance.cases import Case
-from glm5_hal.conformance.checks import CHECKS
+from glm5_hal.conformance.checks import CHECKS as CHECKS
 from glm5_hal.conformance.inputs import Draw, digest
 from glm5_hal.conformance.relations import Relation
 from glm5_hal.conformance.results import Result

@@ -52,6 +52,9 @@ def samples() -> Iterator[Sample]:
     yield Sample("nonfinite-fp8_132", {**TINY, "format": "fp8_132", "rows": "broken"}, tags=edge)
     base = {**TINY, "format": "bf16_128"}
     yield Sample("odd_width", {**base, "D": 21}, tags=edge)
+    yield Sample("one_token", {**base, "T": 1}, tags=edge)
+    yield Sample("one_page", {**base, "T": 5, "N": 1}, tags=edge)
+    yield Sample("two_pages_of_two", {**base, "T": 3, "N": 2, "page": 2}, tags=edge)
     yield Sample("all_skipped", {**base, "skip": "all"}, tags=edge)
     yield Sample("no_tokens", {**base, "T": 0}, tags=edge)
     for fmt in formats("index"):

@@ -68,11 +68,12 @@ def samples() -> Iterator[Sample]:
         yield Sample(f"decode-{fmt}", {**TINY, "lens": ragged, "page": 8, "format": fmt})
     base = {**TINY, "page": 8, "format": "bf16_128"}
     yield Sample("prefill", {**base, "lens": ((37, 37), (20, 50))})
-    yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 30), (3, 0), (3, 2))}, tags=edge)
+    yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 30), (3, 0), (5, 2))}, tags=edge)
     yield Sample("no_tokens", {**base, "lens": ((0, 9),)}, tags=edge)
     yield Sample("many_heads", {**base, "H": 64, "lens": ((2, 33),)})
     yield Sample("many_keys", {**base, "lens": ((4, 2600),), "K": 1200})  # scores so dense that a choice needs fp32
     yield Sample("integers", {**base, "lens": ragged}, fill="exact")
+    yield Sample("nan_codes", {**base, "lens": ragged, "format": "fp8_132", "broken": True}, tags=edge)
     yield Sample("ties", {**base, "lens": ((2, 61), (1, 40)), "distinct": 7}, fill="exact")
     glm5 = frozenset({"glm5"})
     for fmt in formats("index"):
@@ -100,6 +101,9 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     if axes.get("distinct"):  # so few different keys that scores tie across the k-th place
         keys = keys[draw.integers(0, axes["distinct"], len(keys))]
     held, unread = batches.filled(fmt, batch, keys, None)
+    if axes.get("broken"):  # the first code of a page's first key is NaN, of either sign
+        for request, code in enumerate((0x7F, 0xFF)):
+            held[0].flatten(1)[batch.block_table[request, 0], 0] = code
     q = draw.small(batch.tokens, H, D, dtype=dtype) if exact else draw.normal(batch.tokens, H, D, dtype=dtype)
     weights = draw.small(batch.tokens, H) if exact else draw.normal(batch.tokens, H, scale=2.0**-6)
     args = {

@@ -61,6 +61,9 @@ def samples() -> Iterator[Sample]:
     yield Sample("odd_widths", {**base, "L": 21, "R": 6}, tags=edge)
     yield Sample("page_of_one", {**base, "page": 1, "N": 40}, tags=edge)
     yield Sample("every_slot", {**base, "T": 32, "skip": "none"}, tags=edge)
+    yield Sample("one_token", {**base, "T": 1}, tags=edge)
+    yield Sample("one_page", {**base, "T": 5, "N": 1}, tags=edge)
+    yield Sample("two_pages_of_two", {**base, "T": 3, "N": 2, "page": 2}, tags=edge)
     yield Sample("all_skipped", {**base, "skip": "all"}, tags=edge)
     yield Sample("no_tokens", {**base, "T": 0}, tags=edge)
     for fmt in formats("latent"):

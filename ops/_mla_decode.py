@@ -91,7 +91,8 @@ def samples() -> Iterator[Sample]:
     for fmt in (name for name in formats("latent") if FORMATS[name].group):
         yield Sample(f"two_groups-{fmt}", {**TINY, "L": 256, "lens": around_pages, "format": fmt})
     base = {**TINY, "format": "latent_576"}
-    yield Sample("many_keys", {**base, "lens": ((2, 1300), (1, 300))})  # more than a tile or a split of them
+    yield Sample("many_keys", {**base, "lens": ((3, 1026), (1, 300))})  # tokens that see as many as a tile, and more
+    yield Sample("far_peak", {**base, "lens": ((2, 1100),), "q_scale": 128.0}, tags=edge)  # exp of the gap overflows
     yield Sample("chunked_prefill", {**base, "lens": ((23, 23), (20, 50))})
     yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 0), (4, 2), (1, 1), (0, 0))}, tags=edge)
     yield Sample("no_tokens", {**base, "lens": ((0, 9),)}, tags=edge)

@@ -86,7 +86,8 @@ def samples() -> Iterator[Sample]:
     edge, glm5 = frozenset({"edge"}), frozenset({"glm5"})
     ragged = ((5, 5), (3, 17), (1, 9), (37, 37))
     yield Sample("causal", {**TINY, "lens": ragged})
-    yield Sample("many_keys", {**TINY, "lens": ((150, 700), (40, 40))})  # more than a tile of queries and of keys
+    yield Sample("many_keys", {**TINY, "lens": ((131, 530), (9, 9))})  # more than a tile of queries and of keys
+    yield Sample("far_peak", {**TINY, "lens": ((3, 700),), "q_scale": 128.0}, tags=edge)  # exp of the gap overflows
     yield Sample("bidirectional", {**TINY, "lens": ragged, "causal": False})
     yield Sample("chunk", {**TINY, "lens": ((7, 61), (20, 33))})
     yield Sample("empty_rows", {**TINY, "lens": ((0, 9), (4, 0), (5, 2), (0, 0), (2, 2))}, tags=edge)

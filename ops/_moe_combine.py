@@ -43,6 +43,8 @@ def samples() -> Iterator[Sample]:
     yield Sample("elsewhere", {**tiny, "elsewhere": 5, "spare": 6})
     yield Sample("elsewhere_with_shared", {**tiny, "elsewhere": 5, "spare": 3, "shared": True})
     yield Sample("nothing_here", {**tiny, "elsewhere": 8, "T": 1, "shared": True}, tags=edge)
+    yield Sample("many_rows", {**tiny, "D": 96, "elsewhere": 2, "spare": 5000})  # more than fit a tile with all columns
+    yield Sample("most_rows", {**tiny, "D": 2, "spare": 1 << 18}, tags=edge, dtypes=("bfloat16",))
     yield Sample("one", {"T": 1, "K": 1, "D": 1}, tags=edge)
     yield Sample("no_tokens", {**tiny, "T": 0, "spare": 3, "shared": True}, tags=edge)
     yield Sample("integers", {**tiny, "elsewhere": 2, "spare": 2, "shared": True}, fill="exact")

@@ -63,7 +63,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("clamped", {**tiny, "limit": 0.75, "shared": True})
     yield Sample("integers", {**tiny, "elsewhere": 2}, fill="exact")
     yield Sample("nothing_here", {**tiny, "elsewhere": 8, "T": 1, "shared": True}, tags=edge)
-    yield Sample("idle_experts", {**tiny, "T": 2, "E": 30}, tags=edge)
+    yield Sample("idle_experts", {**tiny, "T": 2, "E": 70, "D": 24, "I": 16}, tags=edge)  # more experts than dims
     yield Sample("one_expert", {**tiny, "K": 1, "E": 1}, tags=edge)
     yield Sample("no_tokens", {**tiny, "T": 0, "shared": True}, tags=edge)
     # One rank of EP32, as a low-latency dispatch delivers: one copy of a token for each of its experts here.

@@ -92,6 +92,7 @@ def samples() -> Iterator[Sample]:
     base = {**TINY, "page": 8, "format": "latent_576"}
     edge = frozenset({"edge"})
     yield Sample("many_keys", {**base, "K": 1100, "lens": ((1, 1300), (2, 300))})  # more than a tile or a split of them
+    yield Sample("far_peak", {**base, "K": 1100, "lens": ((1, 1100),), "q_scale": 128.0}, tags=edge)
     yield Sample("prefill", {**base, "lens": ((37, 37), (20, 50))})
     yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 30), (3, 0), (0, 0))}, tags=edge)
     yield Sample("interleaved_invalid", {**base, "lens": ragged, "holes": True}, tags=edge)
@@ -135,6 +136,8 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
         chosen = draw.permutation(seen)[:K].sort().values.int()
         places = draw.permutation(K)[: len(chosen)].sort().values if axes.get("holes") else torch.arange(len(chosen))
         indices[t, places] = chosen
+    if axes.get("holes"):
+        indices[1] = -1  # a token that chose nothing, of a request that has keys
     return Inputs({"q": q, "indices": indices, **made.args}, made.poison)
 
 

@@ -51,7 +51,8 @@ def samples() -> Iterator[Sample]:
     yield Sample("both_zeros", {**small, "zeros": True}, tags=frozenset({"edge", "ties"}))
     yield Sample("negative", {**small, "shift": -64.0}, tags=frozenset({"edge"}))
     yield Sample("non_finite", {**small, "non_finite": True}, tags=frozenset({"edge"}))
-    yield Sample("long_rows", {"T": 3, "S": 5000, "K": 512})
+    yield Sample("long_rows", {"T": 3, "S": 6500, "K": 512})
+    yield Sample("periodic", {"T": 3, "S": 8192, "K": 600, "period": 16}, tags=frozenset({"edge"}))
     yield Sample("lowest", {**small, "values": 40, "lowest": True}, tags=frozenset({"edge"}))
     yield Sample("fewer_than_k", {"T": 5, "S": 40, "K": 64}, tags=frozenset({"edge"}))
     yield Sample("exactly_k", {"T": 3, "S": 64, "K": 64}, tags=frozenset({"edge"}))
@@ -74,6 +75,8 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
         scores = kinds[draw.integers(0, 8, T, S)]
     else:
         scores = draw.normal(T, S, dtype=dtype) + sample.axes.get("shift", 0.0)
+    if "period" in sample.axes:  # the best scores stand a period apart: what a stride of it sees is not typical
+        scores[:, :: sample.axes["period"]] += 8.0
     if sample.axes.get("lowest"):  # half of the scores are the lowest number: eligible, and no mark of a mask
         scores[draw.integers(0, 2, T, S) == 0] = torch.finfo(scores.dtype).min
         scores[:, K // 2 :] = scores[:, K // 2 :].clamp_max(torch.finfo(scores.dtype).min)

@@ -22,9 +22,9 @@ def in_host_memory(tensor: Tensor) -> bool:
     return tensor.device.type in HOST_MEMORY
 
 
-def accumulation(*tensors: Tensor) -> torch.dtype:
-    """float64 where a tensor has that, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def accumulation(tensor: Tensor) -> torch.dtype:
+    """float64 where the tensor has that, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 class Tiles:

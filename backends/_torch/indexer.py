@@ -76,7 +76,7 @@ class _Scorer:
     """Scores of tokens against keys, read tile by tile."""
 
     def __init__(self, q: Tensor, weights: Tensor, index_cache: Tensor, cache_format: str, longest: int) -> None:
-        self._q, self._weights, self._dtype = q, weights, accumulation(q, weights)
+        self._q, self._weights, self._dtype = q, weights, accumulation(weights)
         most, (_, H, D) = min(longest, KEYS), q.shape
         self._tiles = Tiles(FORMATS[cache_format], (index_cache,), D, 0, self._dtype, most)
         self._room = q.new_empty(H * most, dtype=self._dtype)

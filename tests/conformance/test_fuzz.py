@@ -6,12 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import honest
 import pytest
-from honest import Args, kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stand_in import NAME, Made, installed
 from trying import caught_by
 from typer.testing import CliRunner
 
@@ -19,6 +16,9 @@ from glm5_hal import ops
 from glm5_hal.conformance import fuzz, runner
 from glm5_hal.conformance.cli import app
 from glm5_hal.conformance.inputs import Draw
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import Args, kernel
+from glm5_hal.conformance.mutants.stand_in import NAME, Made, installed
 from glm5_hal.conformance.results import Result
 from glm5_hal.errors import HalError
 from glm5_hal.ops import names, specs

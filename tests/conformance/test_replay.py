@@ -7,16 +7,16 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import honest
 import pytest
 import torch
-from honest import kernel
-from stand_in import NAME, Made, installed
 from toys import first_sample
 from typer.testing import CliRunner
 
 from glm5_hal.conformance import replay, runner, tensorfile
 from glm5_hal.conformance.cli import app
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import kernel
+from glm5_hal.conformance.mutants.stand_in import NAME, Made, installed
 from glm5_hal.errors import HalError
 from glm5_hal.ops import names, specs
 

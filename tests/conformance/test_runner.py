@@ -6,11 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import honest
 import pytest
 import torch
-from honest import kernel
-from stand_in import NAME, Made, failed, installed, judge
 
 from glm5_hal import context, ops
 from glm5_hal.backend import Device, Unavailable
@@ -30,6 +27,9 @@ from glm5_hal.capability import (
 )
 from glm5_hal.conformance import oracle, runner
 from glm5_hal.conformance.cases import Case, cases, find
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import kernel
+from glm5_hal.conformance.mutants.stand_in import NAME, Made, failed, installed, judge
 from glm5_hal.conformance.results import Result, succeeded
 from glm5_hal.errors import HalError
 from glm5_hal.ops import specs

@@ -210,7 +210,7 @@ def test_a_backend_ships_its_own() -> None:
 
 
 def test_a_plugins_file_lies_beside_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stand_in import installed
+    from glm5_hal.conformance.mutants.stand_in import installed
 
     package = tmp_path / "glm5_hal_other"
     package.mkdir()

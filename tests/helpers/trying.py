@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from honest import Args, kernel
-from stand_in import judge
-
+from glm5_hal.conformance.mutants.honest import Args, kernel
+from glm5_hal.conformance.mutants.stand_in import judge
 from glm5_hal.conformance.results import Result
 
 NARROW = ("bfloat16", "float16", "float32")

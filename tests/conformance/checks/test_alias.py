@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import honest
 import torch
-from honest import Args
 from trying import caught_by, said
 
 from glm5_hal.conformance.cases import cases
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import Args
 
 ADD, ROPE = honest.add_rms_norm(), honest.rope()
 

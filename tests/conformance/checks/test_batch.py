@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import honest
 import pytest
 import torch
-from honest import Args
-from stand_in import Made, installed
 from trying import caught_by, said
 
 from glm5_hal.conformance import runner
 from glm5_hal.conformance.cases import find
 from glm5_hal.conformance.checks import batch
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import Args
+from glm5_hal.conformance.mutants.stand_in import Made, installed
 
 NORM, DECODE = honest.rms_norm(), honest.decode()
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import honest
 import pytest
 import torch
-from honest import Args, kernel
-from stand_in import NAME, Made, installed
 from trying import failing
 
 from glm5_hal.conformance import runner
 from glm5_hal.conformance.cases import cases, find
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import Args, kernel
+from glm5_hal.conformance.mutants.stand_in import NAME, Made, installed
 from glm5_hal.conformance.results import Result
 from glm5_hal.ops import names
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import honest
 import pytest
 import torch
-from honest import Args
 from trying import caught_by, failing, said
 
 from glm5_hal.conformance.checks import graph
 from glm5_hal.conformance.intercept import operations
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import Args
 
 SAFE = ("deterministic", "graph_safe")
 
@@ -84,7 +84,7 @@ def test_a_kernel_that_waits_for_its_device_is_caught() -> None:
 
 
 def test_without_the_claim_nothing_is_captured() -> None:
-    from stand_in import judge
+    from glm5_hal.conformance.mutants.stand_in import judge
 
     (result,) = judge("rms_norm", honest.kernel("rms_norm", waits), dtypes=("float32",), samples=("tokens",))
     assert result.ok

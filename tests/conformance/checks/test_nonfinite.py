@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import honest
 import pytest
 import torch
-from honest import Args
 from trying import caught_by, said
+
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import Args
 
 NORM, GEMM, PREFILL, LOGITS = honest.rms_norm(), honest.gemm(), honest.prefill(), honest.logits()
 

@@ -6,11 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import honest
 import pytest
 import torch
-from honest import Args, kernel
-from stand_in import Made, installed, judge
 from torch._subclasses import FakeTensorMode
 from trying import caught_by, said
 
@@ -21,6 +18,9 @@ from glm5_hal.conformance import oracle, runner
 from glm5_hal.conformance.cases import find
 from glm5_hal.conformance.checks import provenance
 from glm5_hal.conformance.intercept import operations
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import Args, kernel
+from glm5_hal.conformance.mutants.stand_in import Made, installed, judge
 from glm5_hal.ops import specs
 from glm5_hal.ops._common.references import REFERENCES
 
@@ -115,7 +115,7 @@ def test_a_kernel_that_the_dispatcher_does_not_reach_is_caught() -> None:
 
 
 def probe_facts() -> Any:
-    from stand_in import probe
+    from glm5_hal.conformance.mutants.stand_in import probe
 
     return probe().facts
 

@@ -6,13 +6,13 @@ import os
 import threading
 from typing import Any
 
-import honest
 import pytest
 import torch
-from honest import Args
 from trying import caught_by, said
 
 from glm5_hal.conformance.checks import threads
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import Args
 
 NORM = honest.rms_norm()
 FROM: dict[str, Any] = {"samples": ("tokens",)}

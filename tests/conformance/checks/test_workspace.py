@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import honest
 import pytest
 import torch
-from honest import Args
 from trying import caught_by, said
 
 from glm5_hal.conformance.checks.workspace import Allocations
 from glm5_hal.conformance.intercept import operations
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import Args
 from glm5_hal.conformance.trial import stray
 
 NORM = honest.rms_norm()

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in import Made, installed
 
 import glm5_hal
 from glm5_hal import context, ops, shadow
 from glm5_hal.conformance.inputs import Draw
+from glm5_hal.conformance.mutants.stand_in import Made, installed
 from glm5_hal.ops import names, specs
 from glm5_hal.ops._common.references import reference_of
 from glm5_hal.shadow import judging

@@ -44,14 +44,15 @@ def probe() -> Device:
 
 @contextmanager
 def installed(*kernels: Made, probe: Callable[[], Device | Unavailable] = probe) -> Iterator[Catalogue]:
-    """The stand-in as the only backend, with these kernels; then everything as it was."""
+    """The stand-in beside the CPU backend, with these kernels; then everything as it was."""
     built = tuple(Kernel(k.op, k.provider, k.fn, k.requires, k.provides) for k in kernels)
     backend = Backend(NAME, "cpu", probe, lambda: built)
     record = PluginRecord(
         name=NAME, value="stand_in", dist="stand-in", version="0", builtin=False, status="ok", backend=backend
     )
     context.reset()
-    context._process.catalogue = Catalogue((record,))
+    others = tuple(r for r in context.catalogue().records if r.name == "cpu")
+    context._process.catalogue = Catalogue((record, *others))
     try:
         yield context._process.catalogue
     finally:
@@ -91,12 +92,17 @@ def results(
     provider = getattr(fn, "provider", "native")
     made = [Made(op, fn, frozenset(provides), tuple(requires), provider)] if fn is not None else []
     made += [Made(name, part, frozenset(provides)) for name, part in (parts or {}).items()]
-    chosen = [c for c in _cases(op, level) if _wanted(c, dtypes, samples, errors)]
+    chosen = [c for c in all_cases(op, level) if wanted(c, dtypes, samples, errors)]
     with installed(*made), only(checks):
-        (target,) = runner.targets(NAME)
         for seed in seeds:
             for case in chosen:
-                yield runner.run_case(_subject(case, seed), case, target, seed)
+                yield judged(case, seed)
+
+
+def judged(case: Case, seed: int) -> Result:
+    """What the suite says of the installed kernel in one case."""
+    (target,) = runner.targets(NAME)
+    return runner.run_case(_prepared(case, seed), case, target, seed)
 
 
 @contextmanager
@@ -119,7 +125,8 @@ def killers(results: Iterable[Result]) -> set[str]:
     return {r.code for r in failed(results)}
 
 
-def _wanted(case: Case, dtypes: Sequence[str], samples: Sequence[str], errors: bool) -> bool:
+def wanted(case: Case, dtypes: Sequence[str], samples: Sequence[str] = ("*",), errors: bool = False) -> bool:
+    """Whether a case is among those that these globs name."""
     if case.bad is not None:
         return errors
     named = any(fnmatch.fnmatch(case.sample.id, s) for s in samples)
@@ -127,16 +134,35 @@ def _wanted(case: Case, dtypes: Sequence[str], samples: Sequence[str], errors: b
 
 
 @cache
-def _cases(op: str, level: str) -> tuple[Case, ...]:
+def all_cases(op: str, level: str = "smoke") -> tuple[Case, ...]:
     return tuple(cases(level, (op,)))
+
+
+def good_cases(op: str) -> list[Case]:
+    """The smoke cases that run a kernel."""
+    return [c for c in all_cases(op) if c.bad is None]
 
 
 _SUBJECTS: dict[tuple[str, int], Subject | HalError] = {}
 
 
-def _subject(case: Case, seed: int) -> Subject | HalError:
+def _prepared(case: Case, seed: int) -> Subject | HalError:
     """Oracles are dear, and the same for every kernel."""
     key = case.id, seed
     if key not in _SUBJECTS:
         _SUBJECTS[key] = runner._prepared(case, seed)
     return _SUBJECTS[key]
+
+
+def subject_of(case: Case, seed: int) -> Subject:
+    """A case with its inputs and what is expected of them. Raises HalError where the suite itself failed."""
+    found = _prepared(case, seed)
+    if isinstance(found, HalError):
+        raise found
+    return found
+
+
+def forget(seed: int) -> None:
+    """Let go of what is expected under this seed."""
+    for key in [k for k in _SUBJECTS if k[1] == seed]:
+        del _SUBJECTS[key]

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import honest
 import torch
-from honest import RIGHT, Args, Body
 from torch import Tensor
 
-from wrong.attention import FP8_READS, PAGED, _beyond, in_storage
-from wrong.base import CANONICAL, DETERMINISTIC, FP32, Wrong, bodied
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import RIGHT, Args, Body
+from glm5_hal.conformance.mutants.wrong.attention import FP8_READS, PAGED, _beyond, in_storage
+from glm5_hal.conformance.mutants.wrong.base import CANONICAL, DETERMINISTIC, FP32, Wrong, bodied
 
-LOGITS = {
+LOGITS: dict[str, dict[str, Any]] = {
     "relu missing": {"relu": lambda s: s},
     "relu after the sum": {"relu": lambda s: s, "heads": lambda w, s: (w @ s).clamp_min(0)},
     "weights without their sign": {"weights": torch.abs},
@@ -96,7 +96,7 @@ TOPK_ONLY: dict[str, tuple[Body, str | tuple[str, ...], Sequence[str]]] = {
     "0.0 before -0.0": (honest.topk(zero_is_small), "accuracy", CANONICAL),
     "lowest number taken for a mask": (honest.topk(eligible=lambda row: row > torch.finfo(torch.bfloat16).min), "accuracy", DETERMINISTIC),
     "compared in bfloat16": (honest.topk(in_half), "accuracy", DETERMINISTIC),
-    "garbage beyond the row": (honest.topk(length=lambda n: None), "accuracy", DETERMINISTIC),
+    "garbage beyond the row": (honest.topk(length=lambda n: 1 << 30), "accuracy", DETERMINISTIC),
     "last score of a row lost": (honest.topk(length=lambda n: max(n - 1, 0)), "accuracy", DETERMINISTIC),
     "reads one score too many": (honest.topk(length=lambda n: n + 1), "accuracy", DETERMINISTIC),
 }  # fmt: skip
@@ -146,7 +146,7 @@ EQUIVALENT = ("scale applied twice", "lowest number where nothing is seen", "0 w
 def _indexer_reads_unused() -> Body:
     right = honest.logits()
 
-    def score(a: Args) -> Tensor:
+    def score(a: Args) -> Any:
         return right(a) + a.index_cache.float().sum() * 0
 
     return honest.indexer(score)

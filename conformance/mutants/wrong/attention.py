@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import honest
 import torch
-from honest import RIGHT, Args, Body, Softmax
 from torch import Tensor
 
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import RIGHT, Args, Body, Softmax
+from glm5_hal.conformance.mutants.wrong.base import Wrong, bodied
 from glm5_hal.state import current_plan
-from wrong.base import Wrong, bodied
 
 
 def of_last_page(lose: int) -> Callable[[int, int, int], int]:
@@ -36,8 +36,9 @@ def nan_rows(q: Tensor, latent: int) -> tuple[Tensor, Tensor]:
 def in_storage(a: Tensor, b: Tensor, block: int = 16) -> Tensor:
     """Accumulated in bfloat16, block by block."""
     out = torch.zeros(*a.shape[:-1], b.shape[-2], dtype=torch.bfloat16)
-    for x, y in zip(a.split(block, -1), b.split(block, -1), strict=True):
-        out = out + (x @ y.transpose(-1, -2)).to(torch.bfloat16)
+    for start in range(0, a.shape[-1], block):
+        part = slice(start, start + block)
+        out = out + (a[..., part] @ b[..., part].transpose(-1, -2)).to(torch.bfloat16)
     return out.float()
 
 
@@ -99,8 +100,9 @@ class Unscaled(Softmax):
         if keys.shape[-2] <= 8:
             return out, lse
         scores = q.float() @ keys.float().transpose(-1, -2) * scale
-        parts, total = 0.0, 0.0
-        for s, v in zip(scores.split(8, -1), values.float().split(8, -2), strict=True):
+        parts, total = torch.zeros(()), torch.zeros(())
+        for start in range(0, keys.shape[-2], 8):
+            s, v = scores[..., start : start + 8], values[..., start : start + 8, :].float()
             p = torch.exp(s - s.amax(-1, keepdim=True))
             parts, total = parts + p @ v, total + p.sum(-1, keepdim=True)
         return parts / total, lse

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import honest
 import torch
-from honest import Quantiser
 from torch import Tensor
 
-from wrong.base import FP32, Fn, Wrong, bodied, wrapped
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import Quantiser
+from glm5_hal.conformance.mutants.wrong.base import FP32, Fn, Wrong, bodied, wrapped
 
 
 def floor_power(amax: Tensor, floor: str) -> Tensor:
@@ -37,7 +37,7 @@ def unclamped(x: Tensor) -> Tensor:
     return torch.where(x.abs() > 448, 0x7F, codes)
 
 
-WRITES = {
+WRITES: dict[str, dict[str, Any]] = {
     "-1 written to the last slot": {"place": lambda slot: slot},
     "-1 written to slot 0": {"place": lambda slot: max(slot, 0)},
     "one slot too far": {"place": lambda slot: slot + 1 if slot >= 0 and slot % 8 < 7 else slot if slot >= 0 else None},

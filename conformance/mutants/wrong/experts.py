@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
-import honest
 import torch
-from honest import Args
 from torch import Tensor
 
-from wrong.attention import in_storage, one_by_one
-from wrong.base import FP32, Wrong, bodied
-from wrong.indexer import one_worse, with_duplicates
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import Args
+from glm5_hal.conformance.mutants.wrong.attention import in_storage, one_by_one
+from glm5_hal.conformance.mutants.wrong.base import FP32, Wrong, bodied
+from glm5_hal.conformance.mutants.wrong.indexer import one_worse, with_duplicates
 
 
 def bias_in_weights(a: Args) -> Any:
@@ -32,6 +33,10 @@ def the_experts() -> list[Wrong]:
         "sigmoid for softmax": lambda a: honest.route()(Args(**{**vars(a), "scoring_func": "sigmoid"})),
         "groups ignored": lambda a: honest.route()(Args(**{**vars(a), "n_group": 1})),
         "groups by their best": honest.route(group_best=1),
+        "one group too many": lambda a: honest.route()(
+            Args(**{**vars(a), "topk_group": min(a.topk_group + 1, a.n_group)})
+        ),
+        "one group too few": lambda a: honest.route()(Args(**{**vars(a), "topk_group": max(a.topk_group - 1, 1)})),
         "masked experts at 0": honest.route(masked=0.0),
         "scores in bfloat16": honest.route(lambda x: torch.sigmoid(x.to(torch.bfloat16)).float()),
         "one expert twice": honest.route(best=with_duplicates),
@@ -50,6 +55,11 @@ def the_experts() -> list[Wrong]:
         "offsets without the first": lambda a: (lambda p, o, i: (p, o.roll(-1), i))(*honest.permute()(a)),
         "-1 for expert 0": lambda a: honest.permute()(Args(**{**vars(a), "topk_ids": a.topk_ids.clamp_min(0)})),
         "inverse is the order": _forward_ids,
+        "a token dropped where an expert is full": honest.permute(_of_capacity(2)),
+        "one row of an expert lost": honest.permute(lambda rows: sorted(rows)[:-1]),
+        "offsets of counts without -1 shifted": lambda a: (lambda p, o, i: (p, (o + 1).clamp_max(o[-1]), i))(
+            *honest.permute()(a)
+        ),
     }
     found += [bodied("moe_permute", name, body) for name, body in permutes.items()]
     gemms = {
@@ -95,6 +105,16 @@ def _without_last(ids: Tensor) -> Tensor:
     return torch.cat([ids[:, :-1], torch.full_like(ids[:, :1], -1)], 1) if ids.shape[1] > 1 else ids
 
 
+def _of_capacity(most: int) -> Callable[[list[tuple[int, int, int]]], list[tuple[int, int, int]]]:
+    """No more than so many rows an expert, as a fixed buffer has room for."""
+
+    def order(rows: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        by_expert = itertools.groupby(sorted(rows), key=lambda row: row[0])
+        return [row for _, group in by_expert for row in itertools.islice(group, most)]
+
+    return order
+
+
 def _forward_ids(a: Args) -> Any:
     permuted, offsets, inverse = honest.permute()(a)
     flat = inverse.flatten()
@@ -103,12 +123,12 @@ def _forward_ids(a: Args) -> Any:
     return permuted, offsets, forward.view(inverse.shape)
 
 
-def _transposed(a: Args) -> Tensor:
+def _transposed(a: Args) -> Any:
     E, N, K = a.weight.shape
     return honest.gemm()(Args(**{**vars(a), "weight": a.weight.reshape(E, K, N).mT.contiguous()}))
 
 
-def _whole_tiles(a: Args) -> Tensor:
+def _whole_tiles(a: Args) -> Any:
     """Only whole tiles of rows, where an expert has one."""
     y = honest.gemm()(a)
     for start, stop in itertools.pairwise(a.expert_offsets.tolist()):
@@ -117,7 +137,7 @@ def _whole_tiles(a: Args) -> Tensor:
     return y
 
 
-def _last_row_lost(a: Args) -> Tensor:
+def _last_row_lost(a: Args) -> Any:
     y = honest.gemm()(a)
     ends = a.expert_offsets[1:][a.expert_offsets.diff() > 0].long() - 1
     return y.index_fill(0, ends, 0)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.conformance.mutants.wrong.base import FP32, Fn, Wrong, wrapped
 from glm5_hal.errors import HalError
 from glm5_hal.ops import specs
-from wrong.base import FP32, Fn, Wrong, wrapped
 
 
 def result(op: str, change: Callable[[Tensor], Tensor], at: int = 0) -> Callable[[], Fn]:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from honest import Body, kernel
-
+from glm5_hal.conformance.mutants.honest import Body, kernel
 from glm5_hal.ops import specs
 from glm5_hal.ops._common.references import reference_of
 
@@ -20,7 +19,10 @@ Fn = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Wrong:
-    """``make`` gives a new kernel, so that none keeps what it saw. ``by``: the check that fails it first."""
+    """``make`` gives a new kernel, so that none keeps what it saw. ``by``: the check that fails it first.
+
+    ``needs``: the check that is to kill it, where the suite does not have that yet. ``seeds``: draws on which it shows.
+    """
 
     op: str
     name: str
@@ -28,6 +30,8 @@ class Wrong:
     by: str | tuple[str, ...] = "accuracy"
     provides: Sequence[str] = DETERMINISTIC
     dtypes: Sequence[str] = ("bfloat16",)
+    needs: str = ""
+    seeds: Sequence[int] = (0,)
 
     @property
     def id(self) -> str:

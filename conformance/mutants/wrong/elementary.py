@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import honest
 import torch
-from honest import Args
 from torch import Tensor
 
-from wrong.base import Wrong, bodied
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import Args
+from glm5_hal.conformance.mutants.wrong.base import Wrong, bodied
 
 
 def other_layout(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
@@ -86,20 +87,20 @@ def elementary() -> list[Wrong]:
         bodied("hadamard", "no scale", _unscaled),
         bodied("hadamard", "other order of rows", honest.hadamard(lambda D: honest.sylvester(D).flip(0))),
         bodied("hadamard", "twice", lambda a: honest.hadamard()(Args(x=honest.hadamard()(a), scale=1.0))),
-        bodied("hadamard", "last stage left out", honest.hadamard(lambda D: torch.block_diag(*[honest.sylvester(D // 2)] * 2) if D > 1 else torch.ones(1, 1))),
+        bodied("hadamard", "last stage left out", honest.hadamard(lambda D: torch.kron(torch.eye(2), honest.sylvester(D // 2)) if D > 1 else torch.ones(1, 1))),
     ]  # fmt: skip
     return found
 
 
-def _swapped_halves(a: Args) -> Tensor:
+def _swapped_halves(a: Args) -> Any:
     return honest.silu_and_mul()(Args(x=torch.cat(a.x.chunk(2, -1)[::-1], -1), limit=a.limit))
 
 
-def _interleaved_halves(a: Args) -> Tensor:
+def _interleaved_halves(a: Args) -> Any:
     return honest.silu_and_mul()(Args(x=torch.cat([a.x[..., 0::2], a.x[..., 1::2]], -1), limit=a.limit))
 
 
-def _stage_by_stage(a: Args) -> Tensor:
+def _stage_by_stage(a: Args) -> Any:
     D = a.x.shape[-1]
     y = a.x.reshape(-1, D)
     for _ in range(D.bit_length() - 1):
@@ -107,5 +108,5 @@ def _stage_by_stage(a: Args) -> Tensor:
     return (y * a.scale).reshape(a.x.shape)
 
 
-def _unscaled(a: Args) -> Tensor:
+def _unscaled(a: Args) -> Any:
     return honest.hadamard()(Args(x=a.x, scale=1.0))

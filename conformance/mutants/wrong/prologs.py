@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import honest
 import torch
-from honest import Args, Prolog, Quantiser
 
-from wrong.attention import in_storage
-from wrong.base import Wrong, bodied
-from wrong.caches import any_scale
-from wrong.elementary import TURNS
+from glm5_hal.conformance.mutants import honest
+from glm5_hal.conformance.mutants.honest import Args, Prolog, Quantiser
+from glm5_hal.conformance.mutants.wrong.attention import in_storage
+from glm5_hal.conformance.mutants.wrong.base import Wrong, bodied
+from glm5_hal.conformance.mutants.wrong.caches import any_scale
+from glm5_hal.conformance.mutants.wrong.elementary import TURNS
 
 
 def the_prologs() -> list[Wrong]:
