@@ -183,7 +183,7 @@ def run(
         else:
             outcomes.append(_outcome(known[job["id"]], answer))
             show(done, len(jobs), job["id"])
-    judged = {"kernels": sum(len(catalogue.HONEST[op]) for op in wanted), "seeds": draws, "cases": cases}
+    judged = {"kernels": sum(len(_ways(op, level)) for op in wanted), "seeds": draws, "cases": cases}
     order = {m.id: i for i, m in enumerate(mutants)}
     outcomes.sort(key=lambda o: order[o.mutant.id])
     return Report(tuple(outcomes), tuple(alarms), judged, argued.stale, level)
@@ -235,9 +235,14 @@ def _job(m: Mutant, everything: bool) -> dict[str, Any] | None:
     return {"do": "by_machine", "id": m.id, "cases": m.cases, "everything": everything}
 
 
+def _ways(op: str, level: str) -> list[str]:
+    """The honest kernels of an op; its first one at the quick level."""
+    return list(catalogue.HONEST[op])[: None if level == "full" else 1]
+
+
 def _honest(wanted: Sequence[str], level: str, draws: int) -> Iterator[dict[str, Any]]:
     for op in wanted:
-        ways = list(catalogue.HONEST[op])[: None if level == "full" else 1]
+        ways = _ways(op, level)
         yield {"do": "honest", "op": op, "names": ways[:1], "seed": 0, "checks": None}
         for seed in range(draws):
             yield {"do": "honest", "op": op, "names": ways, "seed": seed, "checks": MEASURED}
