@@ -102,9 +102,12 @@ def _nothing() -> None: ...
 
 
 def _kernels_of(op: str) -> Iterator[tuple[str, Kernel]]:
-    """The kernels of an op that are installed here, the shared ones among them."""
-    catalogue = context.catalogue()
-    for record in catalogue.records:
+    """The kernels of an op: of the built-in backends, of the one that is judged, and the shared ones. Other plugins are
+    not loaded for this: they may break the process."""
+    catalogue, policy = context.catalogue(), context.effective()[0]
+    names = [record.name for record in catalogue.found if record.builtin]
+    names += [target.backend for target in policy.targets(op) if target.backend in catalogue.names]
+    for record in map(catalogue.record, dict.fromkeys(names)):
         if record.status == "ok" and not isinstance(catalogue.device(record.name), Unavailable):
             try:
                 yield from ((record.name, kernel) for kernel in catalogue.kernels(record.name, op))

@@ -133,7 +133,7 @@ def test_the_installed_backends_are_discovered_only_when_asked_for(monkeypatch: 
 
     asked: list[int] = []
 
-    def find() -> tuple[PluginRecord, ...]:
+    def find(given: Sequence[str]) -> tuple[PluginRecord, ...]:
         asked.append(1)
         return (stand_in("acme"),)
 

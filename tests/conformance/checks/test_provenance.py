@@ -48,7 +48,7 @@ def of_another_ops_reference(a: Args) -> Any:
     ("wrapper", "what"),
     [
         (of_reference, "runs glm5_hal's reference of rms_norm"),
-        (of_shared_kernel, "runs backends._torch:torch, another kernel of rms_norm"),
+        (of_shared_kernel, "runs cpu:torch, another kernel of rms_norm"),
         (of_oracle, "runs the suite's oracle"),
         (of_another_ops_reference, "runs glm5_hal's reference of add_rms_norm"),
     ],

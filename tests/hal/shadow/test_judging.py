@@ -13,7 +13,7 @@ import torch
 import glm5_hal
 from glm5_hal import context, ops, shadow
 from glm5_hal.conformance.inputs import Draw
-from glm5_hal.conformance.mutants.stand_in import Made, installed
+from glm5_hal.conformance.mutants.stand_in import NAME, Made, installed
 from glm5_hal.ops import names, specs
 from glm5_hal.ops._common.references import reference_of
 from glm5_hal.shadow import judging
@@ -56,7 +56,7 @@ def test_a_wrong_kernel_is_found_and_its_shapes_are_named(file: Path) -> None:
         return right(x, weight, eps=eps) * (1.05 if len(x) > 3 else 1)
 
     sampled(file)
-    with installed(Made("rms_norm", wrong)):
+    with installed(Made("rms_norm", wrong)), glm5_hal.use(NAME):
         ops.rms_norm(torch.randn(2, 64), torch.ones(64), eps=1e-5)
         ops.rms_norm(torch.randn(7, 64), torch.ones(64), eps=1e-5)
     good, bad = records(file)
