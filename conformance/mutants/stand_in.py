@@ -59,6 +59,11 @@ def installed(*kernels: Made, probe: Callable[[], Device | Unavailable] = probe)
         context.reset()
 
 
+def made_of(op: str, fn: Callable[..., Any], provides: Iterable[str], requires: Sequence[Requirement] = ()) -> Made:
+    """A function as a kernel. What it is made of, it says itself: ``provider``."""
+    return Made(op, fn, frozenset(provides), tuple(requires), getattr(fn, "provider", "native"))
+
+
 def first_failure(op: str, fn: Callable[..., Any], **how: Any) -> Result | None:
     """The first case that fails a kernel; None if none does. Takes what `judge` takes."""
     return next((r for r in results(op, fn, **how) if not r.ok), None)
@@ -85,12 +90,10 @@ def results(
 ) -> Iterator[Result]:
     """What the suite says of one kernel, case by case.
 
-    A function's own ``provider`` says what it is made of.
     ``dtypes`` and ``samples`` are globs; ``errors`` adds the bad inputs; ``checks`` leaves out all others; ``parts``
     are kernels of other ops, for a composite that is judged by its default.
     """
-    provider = getattr(fn, "provider", "native")
-    made = [Made(op, fn, frozenset(provides), tuple(requires), provider)] if fn is not None else []
+    made = [made_of(op, fn, provides, requires)] if fn is not None else []
     made += [Made(name, part, frozenset(provides)) for name, part in (parts or {}).items()]
     chosen = [c for c in all_cases(op, level) if wanted(c, dtypes, samples, errors)]
     with installed(*made), only(checks):

@@ -66,7 +66,7 @@ def trace(beat: Beat, op: str) -> dict[str, Any]:
 def by_hand(beat: Beat, id: str, everything: bool) -> dict[str, Any]:
     """A wrong kernel or a cheat, on the dtypes in which it shows."""
     mutant = next(w for w in wrong.ALL if w.id == id)
-    made = Made(mutant.op, mutant.make(), frozenset(mutant.provides))
+    made = stand_in.made_of(mutant.op, mutant.make(), mutant.provides)
     chosen = [c for c in stand_in.good_cases(mutant.op) if stand_in.wanted(c, mutant.dtypes)]
     results = (r for seed in mutant.seeds for r in _results(beat, [made], chosen, seed))
     return _verdict(results, everything)
