@@ -52,11 +52,15 @@ def check(trial: Trial) -> Finding:
 
 
 def _wrong(trial: Trial, alone: Run, run: Run, judged: Trial | None) -> str:
-    # On a CPU a product's bits may depend on how many threads share it: fewer do after a fork, or beside another call.
-    same_threads = trial.device.split(":")[0] != "cpu" or torch.get_num_threads() == 1
-    if "deterministic" in trial.kernel.provides and same_threads:
+    if _bitwise(trial):
         return first_difference(alone, run) or ""
     return "" if judged is None else _judged(judged, run)
+
+
+def _bitwise(trial: Trial) -> bool:
+    # On a CPU a product's bits may depend on how many threads share it: fewer do after a fork, or beside another call.
+    same_threads = trial.device.split(":")[0] != "cpu" or torch.get_num_threads() == 1
+    return "deterministic" in trial.kernel.provides and same_threads
 
 
 def _judged(trial: Trial, run: Run) -> str:
@@ -132,14 +136,14 @@ def _forks(trial: Trial) -> bool:
 
 
 def _after_fork(trial: Trial) -> Finding:
-    catalogue = context.catalogue()
+    catalogue, bitwise = context.catalogue(), _bitwise(trial)
 
     def answer() -> str:
         context._process.catalogue = catalogue  # what is installed is looked for anew after a fork
         torch.set_num_threads(1)  # a pool of threads does not survive a fork, and that is not the kernel's doing
         placed = trial.place(trial.inputs.args)
         run = trial.bring_back(trial.kernel.fn(**placed), placed)
-        return _wrong(trial, trial.first, run, trial)
+        return (first_difference(trial.first, run) or "") if bitwise else _judged(trial, run)
 
     # A library's thread that was just ending may hold a lock of its own for ever: once is not the kernel's doing.
     said = in_child(answer) and in_child(answer)
