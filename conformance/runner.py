@@ -275,7 +275,8 @@ def _refused(refusal: HalError, op: Any, placed: dict[str, Any]) -> dict[str, An
         return _raised(refusal)
     # What the backend's own kernel of this op says comes before what is said of the parts that would replace it.
     own = op.resolution(op.describe(**placed)).trace
-    reason = next((s.decision for s in (*own, *reversed(refusal.trace)) if isinstance(s.decision, Rejected)), None)
+    said = [s.decision for s in (*own, *reversed(refusal.trace)) if isinstance(s.decision, Rejected)]
+    reason = next((r for r in said if r.code != "NOT_LISTED"), None)  # nobody judges what was not named
     code, detail = (reason.code, reason.detail) if reason else ("NOT_IMPLEMENTED", refusal.what)
     # A requirement that cannot answer is broken: that is no statement about what the kernel takes.
     return {"verdict": "FAIL" if code == "CONTRACT" else "UNSUPPORTED", "code": code, "detail": detail}

@@ -136,7 +136,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
         chosen = draw.permutation(seen)[:K].sort().values.int()
         places = draw.permutation(K)[: len(chosen)].sort().values if axes.get("holes") else torch.arange(len(chosen))
         indices[t, places] = chosen
-    if axes.get("holes"):
+    if axes.get("holes") and T > 1:
         indices[1] = -1  # a token that chose nothing, of a request that has keys
     return Inputs({"q": q, "indices": indices, **made.args}, made.poison)
 

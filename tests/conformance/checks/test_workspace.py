@@ -66,9 +66,11 @@ def adds_to_what_is_there(a: Args) -> Any:
         ("mla_decode", rows_not_written, "with garbage in the memory that it allocates: out at flat index "),
     ],
 )
-def test_it_is_caught_by_this_check_alone(op: str, body: Any, what: str) -> None:
+def test_it_is_caught_and_by_no_check_that_looks_elsewhere(op: str, body: Any, what: str) -> None:
     samples = ("tokens", "empty_rows")
-    assert caught_by(op, body, samples=samples) == {"workspace"}
+    # Which rows have no key is read from lse here: infinite scores mislead it, which `nonfinite` sees as well.
+    beside = {"nonfinite"} if body is rows_not_written else set()
+    assert caught_by(op, body, samples=samples) == {"workspace"} | beside
     assert said(op, body, "workspace", samples=samples).startswith(f"failed: {what}")
 
 
