@@ -13,17 +13,22 @@ from glm5_hal.errors import HalError, suggest
 from glm5_hal.ops import specs
 from glm5_hal.spec import LEVELS, BadInput, OpSpec, Sample
 
+#: The sample whose axes a seed gives.
+DRAWN = "drawn"
+
 
 @dataclass(frozen=True)
 class Case:
     """One op at one sample in one dtype; with ``bad``, one bad input that must be refused; and where ``op`` is
-    "metamorphic", the relation between ops that the sample names. Inputs are drawn, or come from ``file``."""
+    "metamorphic", the relation between ops that the sample names. Inputs are drawn, or come from ``file``. A ``point``
+    is a fuzzer's: no catalogue has it."""
 
     op: str
     dtype: str
     sample: Sample
     bad: BadInput | None = None
     file: str = ""
+    point: bool = False
 
     @property
     def id(self) -> str:
@@ -37,6 +42,11 @@ class Case:
     @property
     def relation(self) -> relations.Relation | None:
         return relations.relation(self.sample.id) if self.op == relations.GROUP else None
+
+    @property
+    def drawn(self) -> bool:
+        """Whether its shapes come of the seed: see `glm5_hal.conformance.drawing`."""
+        return DRAWN in self.sample.tags
 
     @property
     def spec(self) -> OpSpec:
@@ -57,7 +67,7 @@ class Case:
     def _place(self) -> tuple[int, int]:
         ids = [s.id for s in self.spec.samples()]
         dtypes = self.sample.dtypes
-        sample = ids.index(self.sample.id) if self.sample.id in ids else 0
+        sample = ids.index(self.sample.id) if self.sample.id in ids else len(ids)
         return sample, dtypes.index(self.dtype) if self.dtype in dtypes else -1
 
 
@@ -105,6 +115,9 @@ def _of_op(spec: OpSpec, level: str) -> Iterator[Case]:
         if LEVELS.index(sample.level) <= LEVELS.index(level):
             for dtype in sample.dtypes:
                 yield Case(spec.name, dtype, sample)
+    if spec.fuzz is not None:
+        for dtype in good.dtypes:
+            yield Case(spec.name, dtype, Sample(DRAWN, {}, tags=frozenset({DRAWN}), dtypes=good.dtypes))
     if level == "full":
         if "float64" in next(iter(spec.dtypes.values()), ()):  # a kernel that takes it must not compute in less
             yield Case(spec.name, "float64", replace(good, level="full"))

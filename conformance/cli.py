@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,13 @@ app = typer.Typer(no_args_is_help=True, help="Judge a backend's kernels against 
 
 Level = Annotated[str, typer.Option(help="smoke (small shapes), standard (GLM-5's real widths) or full.")]
 Ops = Annotated[list[str] | None, typer.Option("--op", help="Only ops that match this glob. May be repeated.")]
+Plugin = Annotated[
+    str | None, typer.Option(help="Judge a backend that is not installed: a .py file, a package's folder, or a module.")
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option(help="Seconds that a case may take. [default: smoke 60, standard 300, full 1800]", min=0.1),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -29,10 +37,7 @@ def run(
     backend: Annotated[
         str | None, typer.Option(help="B or B:provider. B alone judges every provider of the backend. [default: cpu]")
     ] = None,
-    plugin: Annotated[
-        str | None,
-        typer.Option(help="Judge a backend that is not installed: a .py file, a package's folder, or a module."),
-    ] = None,
+    plugin: Plugin = None,
     level: Level = "smoke",
     op: Ops = None,
     case: Annotated[list[str] | None, typer.Option(help="Only this case, whatever its level. May be repeated.")] = None,
@@ -48,10 +53,7 @@ def run(
     workers: Annotated[
         int, typer.Option(help="Worker processes that share the cases. [default: one per device]", min=0)
     ] = 0,
-    timeout: Annotated[
-        float | None,
-        typer.Option(help="Seconds that a case may take. [default: smoke 60, standard 300, full 1800]", min=0.1),
-    ] = None,
+    timeout: Timeout = None,
     memory: Annotated[
         float | None,
         typer.Option(help="GiB that a worker may use beside what it starts with; 0 is no limit. CPU only.", min=0),
@@ -128,40 +130,48 @@ def _print(results: list[Result], out: Path, as_json: bool, book: Book | None = 
 
 @app.command()
 def fuzz(
-    backend: Annotated[str, typer.Option(help="B or B:provider.")] = "cpu:torch",
+    backend: Annotated[
+        str | None, typer.Option(help="B or B:provider. B alone fuzzes every provider. [default: cpu:torch]")
+    ] = None,
+    plugin: Plugin = None,
     op: Ops = None,
     examples: Annotated[int, typer.Option(help="New cases per op; 0 tries the corpus alone.", min=0)] = 100,
     corpus: Annotated[Path, typer.Option(help="Folder of the cases that have failed.")] = Path("conformance-corpus"),
     device: Annotated[str | None, typer.Option(help="Device to run on, as torch names it (cuda:1).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of shapes and inputs.", min=0)] = 0,
+    timeout: Timeout = None,
     out: Annotated[Path, typer.Option(help="Folder for fuzz.jsonl.")] = Path("conformance-out"),
     as_json: Json = False,
 ) -> None:
-    """Judge random shapes, lengths and options of every op. What fails is made small, kept in the corpus and tried
-    first the next time. Needs Hypothesis: pip install 'glm5-hal[fuzz]'. A kernel that crashes ends this process: the
-    last line of OUT/fuzz.jsonl is then the case before.
+    """Judge random shapes, lengths and options of every op, in a process of its own. What fails is made small, kept in
+    the corpus and tried first the next time. Needs Hypothesis: pip install 'glm5-hal[fuzz]'.
 
     Exit codes as of run.
     """
-    import torch
-
     from glm5_hal.conformance import fuzz as fuzzing
-    from glm5_hal.conformance import report, runner
+    from glm5_hal.conformance import report
     from glm5_hal.conformance.cases import ops_named
     from glm5_hal.conformance.journal import writable
+    from glm5_hal.conformance.pool import Plan, Pool
     from glm5_hal.conformance.results import succeeded
 
-    torch.set_num_threads(1)
-    results = []
-    with writable(out):
+    wanted, results = ops_named(op or ("*",)), []
+    named = backend or ("" if plugin else "cpu:torch")
+    plan = Plan(named, plugin or "", (device,), seed=seed, timeout=timeout, threads=1)
+    with writable(out), Pool(plan) as pool:
         out.mkdir(parents=True, exist_ok=True)
-        with (out / "fuzz.jsonl").open("w", encoding="utf-8") as lines, report.kernels_print_to_stderr():
-            for target in runner.targets(backend, device):
-                for name in ops_named(op or ("*",)):
-                    for result in fuzzing.run(target, name, examples, seed, corpus):
+        policies = [target.policy for target in pool.targets()]
+        with (
+            (out / "fuzz.jsonl").open("w", encoding="utf-8") as lines,
+            report.shown(len(policies) * len(wanted)) as note,
+        ):
+            for policy in policies:
+                for name in wanted:
+                    for result in fuzzing.run(partial(pool.judged, policy), name, examples, seed, corpus):
                         lines.write(result.as_json() + "\n")
                         lines.flush()
                         results.append(result)
+                    note(f"{name} on {policy}", sum(not r.ok for r in results))
     _print(results, out / "fuzz.jsonl", as_json)
     raise typer.Exit(0 if succeeded(results) else 1)
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from glm5_hal.backend import Device
+from glm5_hal.conformance import drawing
 from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.process import SERVE, Ending, Process, memory, place
 from glm5_hal.conformance.results import Result, from_record
@@ -151,6 +152,11 @@ class Pool:
                 self._assign(slot, waiting)
             yield from self._turn()
 
+    def judged(self, policy: str, case: Case) -> Result:
+        """One case on one kernel."""
+        (result,) = self.run([Task(case, (policy,))])
+        return result
+
     # --- one worker's life -------------------------------------------------------------------------------------------
 
     def _start(self, slot: _Slot) -> None:
@@ -179,6 +185,7 @@ class Pool:
         order = {
             "case": slot.task.case.id,
             "file": slot.task.case.file,
+            "point": drawing.as_record(slot.task.case) if slot.task.case.point else None,
             "policies": slot.task.policies,
             "seed": self.plan.seed,
         }

@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,16 +17,15 @@ import torch
 from glm5_hal import context, ops
 from glm5_hal.backend import Device, Unavailable
 from glm5_hal.capability import Rejected
-from glm5_hal.conformance import oracle, relations
+from glm5_hal.conformance import relations
 from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.checks import CHECKS as CHECKS
-from glm5_hal.conformance.inputs import Draw, digest
 from glm5_hal.conformance.relations import Relation
 from glm5_hal.conformance.results import Result
-from glm5_hal.conformance.trial import Expected, Finding, Trial, same_bits
+from glm5_hal.conformance.subject import Subject, prepared
+from glm5_hal.conformance.trial import Finding, Trial, same_bits
 from glm5_hal.errors import HalError, suggest
 from glm5_hal.resolve import Choice
-from glm5_hal.spec import Inputs
 
 
 @dataclass(frozen=True)
@@ -43,21 +41,6 @@ class Target:
     @property
     def policy(self) -> str:
         return f"{self.backend}:{self.provider}"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A case with its inputs and expectations, shared by every kernel that is judged on it.
-
-    ``other`` is another draw of the same shapes, where there is one.
-    """
-
-    case: Case
-    inputs: Inputs
-    expected: Expected | None
-    digest: str
-    seed: int
-    other: Mapping[str, Any] | None = None
 
 
 def targets(backend: str, device: str | None = None, plugin: str = "") -> list[Target]:
@@ -104,46 +87,8 @@ def run(cases: Sequence[Case], judged: Sequence[Target], seed: int) -> Iterator[
         for target in judged:
             start = time.perf_counter()
             if subject is None:
-                subject = _prepared(case, seed)
+                subject = prepared(case, seed)
             yield run_case(subject, case, target, seed, start)
-
-
-def _prepared(case: Case, seed: int) -> Subject | HalError:
-    try:
-        return subject_of(case, seed)
-    except Exception as problem:  # noqa: BLE001 - becomes the verdict ERROR of this case; the run goes on
-        where = traceback.extract_tb(problem.__traceback__)[-1]
-        return HalError("CONTRACT", f"{type(problem).__name__}: {problem} ({where.name}, line {where.lineno})")
-
-
-def subject_of(case: Case, seed: int) -> Subject:
-    """Draw a case's inputs and compute what is expected of them."""
-    if case.relation is not None:
-        args = case.relation.inputs(Draw(seed, case.id), case.dtype)
-        return Subject(case, Inputs(args), None, digest(args), seed)
-    if case.file:
-        return _subject_of_file(case, seed)
-    inputs = case.spec.inputs(case.sample, case.dtype, Draw(seed, case.id if case.bad is None else case.op))
-    if case.bad is not None:
-        return Subject(case, inputs, None, digest(inputs.args), seed)
-    expected = Expected(oracle.truth(case.spec, inputs.args), oracle.emulation(case.spec, inputs.args))
-    other = case.spec.inputs(case.sample, case.dtype, Draw(seed, f"{case.id} other")).args
-    alike = all(_alike(inputs.args[k], v) for k, v in other.items())
-    return Subject(case, inputs, expected, digest(inputs.args), seed, other if alike else None)
-
-
-def _subject_of_file(case: Case, seed: int) -> Subject:
-    from glm5_hal.conformance import replay
-
-    _, args = replay.load(case.file)
-    expected = Expected(oracle.truth(case.spec, args), oracle.emulation(case.spec, args))
-    return Subject(case, Inputs(args), expected, digest(args), seed)
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
-    return bool(a == b)
 
 
 def run_case(subject: Subject | HalError, case: Case, target: Target, seed: int, start: float | None = None) -> Result:

@@ -11,6 +11,7 @@ import os
 import resource
 import socket
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -19,10 +20,11 @@ from typing import Any
 
 import torch
 
-from glm5_hal.conformance import identity, replay, runner
+from glm5_hal.conformance import drawing, identity, replay, runner
 from glm5_hal.conformance.cases import Case, cases
 from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.runner import Target
+from glm5_hal.conformance.subject import prepared
 from glm5_hal.conformance.wire import Channel
 from glm5_hal.errors import HalError
 from glm5_hal.plugins.child import encoded
@@ -58,8 +60,8 @@ def serve(channel_fd: int, job: dict[str, Any]) -> None:
     )
     by_policy, outputs = {t.policy: t for t in judged}, _Outputs()
     while (order := channel.receive()) is not None:
-        case = replay.case(order["file"]) if order["file"] else _cases()[order["case"]]
-        subject = runner._prepared(case, order["seed"])
+        case = _case(order)
+        subject = prepared(case, order["seed"])
         for policy in order["policies"]:
             os.write(log, f"\n{job['marker']}\n".encode())
             channel.send({"begin": policy})
@@ -71,6 +73,12 @@ def serve(channel_fd: int, job: dict[str, Any]) -> None:
             if not sound:
                 break
         channel.send({"done": case.id})
+
+
+def _case(order: Mapping[str, Any]) -> Case:
+    if order["file"]:
+        return replay.case(order["file"])
+    return drawing.of_record(order["point"]) if order["point"] else _cases()[order["case"]]
 
 
 @cache

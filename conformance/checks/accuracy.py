@@ -37,10 +37,19 @@ NOISE = 8.0 * 2.0**-24
 
 
 def check(trial: Trial) -> Finding:
-    finding, truth = judge(trial, trial.first), trial.expected.truth
-    empty = "empty" in trial.case.sample.tags  # zero everywhere is the right answer there
-    nothing = "" if empty else compare.mistrusted(*truth.outs.values(), *truth.mutated.values())
+    finding, nothing = judge(trial, trial.first), _says_nothing(trial)
     return replace(finding, ok=False, detail=nothing, mistrusted=True) if finding.ok and nothing else finding
+
+
+def proves_nothing(trial: Trial) -> bool:
+    """Whether a kernel that passed this trial would have proved nothing. Asks no kernel."""
+    return judge(trial, trial.expected.honest).mistrusted or bool(_says_nothing(trial))
+
+
+def _says_nothing(trial: Trial) -> str:
+    truth = trial.expected.truth
+    empty = "empty" in trial.case.sample.tags  # zero everywhere is the right answer there
+    return "" if empty else compare.mistrusted(*truth.outs.values(), *truth.mutated.values())
 
 
 def judge(trial: Trial, run: Run) -> Finding:

@@ -19,7 +19,7 @@ from glm5_hal.catalogue import Catalogue
 from glm5_hal.conformance import runner
 from glm5_hal.conformance.cases import Case, cases
 from glm5_hal.conformance.results import Result
-from glm5_hal.conformance.runner import Subject
+from glm5_hal.conformance.subject import Subject, prepared
 from glm5_hal.errors import HalError
 from glm5_hal.plugins import PluginRecord
 
@@ -155,7 +155,7 @@ def _prepared(case: Case, seed: int) -> Subject | HalError:
     """Oracles are dear, and the same for every kernel."""
     key = case.id, seed
     if key not in _SUBJECTS:
-        _SUBJECTS[key] = runner._prepared(case, seed)
+        _SUBJECTS[key] = prepared(case, seed)
     return _SUBJECTS[key]
 
 

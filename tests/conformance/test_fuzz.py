@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trying import caught_by
+from trying import NARROW
 from typer.testing import CliRunner
 
 from glm5_hal import ops
-from glm5_hal.conformance import fuzz, runner
+from glm5_hal.conformance import drawing, fuzz, runner
+from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.cli import app
 from glm5_hal.conformance.inputs import Draw
 from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import Args, kernel
-from glm5_hal.conformance.mutants.stand_in import NAME, Made, installed
+from glm5_hal.conformance.mutants.stand_in import NAME, Made, installed, judge
 from glm5_hal.conformance.results import Result
 from glm5_hal.errors import HalError
 from glm5_hal.ops import names, specs
@@ -38,11 +39,16 @@ def wrong_at_odd_widths(a: Args) -> Any:
 def fuzzed(body: honest.Body, corpus: Path, examples: int = 60, seed: int = 0) -> list[Result]:
     with installed(Made("rms_norm", kernel("rms_norm", body))):
         (target,) = runner.targets(NAME)
-        return list(fuzz.run(target, "rms_norm", examples, seed, corpus))
+
+        def judge(case: Case) -> Result:
+            return next(runner.run([case], [target], seed))
+
+        return list(fuzz.run(judge, "rms_norm", examples, seed, corpus))
 
 
 def test_it_finds_a_width_that_no_sample_has_and_makes_it_small(tmp_path: Path) -> None:
-    assert caught_by("rms_norm", wrong_at_odd_widths) == set()
+    failed = [r for r in judge("rms_norm", kernel("rms_norm", wrong_at_odd_widths), dtypes=NARROW) if not r.ok]
+    assert {r.case.partition("-")[2] for r in failed} <= {"drawn]"}
     *passed, last = fuzzed(wrong_at_odd_widths, tmp_path)
     assert all(r.ok for r in passed)
     assert last.verdict == "FAIL"
@@ -93,7 +99,7 @@ def test_every_op_draws_inputs_that_it_takes(op: str, data: st.DataObject) -> No
 
 def test_a_case_survives_the_corpus(tmp_path: Path) -> None:
     sample = Sample("fuzz", {"lens": ((1, 2), (3, 4)), "scale": 0.07, "holes": True, "limit": None})
-    case = fuzz._case("sparse_mla", "bfloat16", sample)
+    case = drawing.point("sparse_mla", "bfloat16", sample)
     fuzz.keep(tmp_path, case)
     (back,) = fuzz.of_corpus(tmp_path, "sparse_mla")
     assert (back.id, back.sample.axes) == (case.id, sample.axes)
@@ -105,3 +111,35 @@ def test_the_command_reports_like_any_run(tmp_path: Path) -> None:
     assert said.exit_code == 0, said.output
     assert json.loads(said.stdout)["verdicts"]["PASS"] >= 1
     assert (tmp_path / "out" / "fuzz.jsonl").exists()
+
+
+ABORTS = """
+import os
+import torch
+from glm5_hal import hookimpl
+from glm5_hal.backend import Backend, Device, kernel
+
+@kernel("rms_norm", "native")
+def rms_norm(x, weight, *, eps):
+    if x.shape[-1] % 4 == 3 and x.shape[-1] != 515 and len(x):
+        os.abort()
+    wide = x.double()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.double()).to(x.dtype)
+
+@hookimpl
+def glm5_backend():
+    return Backend("aborts", "cpu", lambda: Device("cpu", "aborts", "x", evidence="simulated"), lambda: (rms_norm,))
+"""
+
+
+def test_a_kernel_that_ends_its_process_is_a_crash_and_made_small(tmp_path: Path) -> None:
+    (tmp_path / "aborts.py").write_text(ABORTS)
+    how = ["fuzz", "--plugin", str(tmp_path / "aborts.py"), "--op", "rms_norm", "--op", "silu_and_mul"]
+    how += ["--examples", "25", "--corpus", str(tmp_path / "corpus"), "--out", str(tmp_path / "out"), "--json"]
+    said = CliRunner().invoke(app, how)
+    assert said.exit_code == 1, said.output
+    verdicts = json.loads(said.stdout)["verdicts"]
+    assert verdicts["CRASH"] == 1
+    assert verdicts["UNSUPPORTED"] == 25
+    (kept,) = tmp_path.glob("corpus/rms_norm/*.json")
+    assert json.loads(kept.read_text())["axes"] == {"T": 1, "D": 3}

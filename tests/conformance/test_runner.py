@@ -25,7 +25,7 @@ from glm5_hal.capability import (
     package,
     when,
 )
-from glm5_hal.conformance import oracle, runner
+from glm5_hal.conformance import oracle, runner, subject
 from glm5_hal.conformance.cases import Case, cases, find
 from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import kernel
@@ -342,14 +342,14 @@ def test_a_refusal_after_something_was_written_fails(monkeypatch: pytest.MonkeyP
 
 def test_values_on_a_device_are_checked_because_the_suite_asks_for_it() -> None:
     (case,) = find(["topk_indices[error-seq_lens_too_long]"])
-    subject, asked = runner.subject_of(case, 0), []
+    made, asked = subject.subject_of(case, 0), []
 
     def op(**args: Any) -> None:
         asked.append(context.effective()[2])
         raise HalError("VALUE", "too long", fix="shorter")
 
     for device in ("cpu", "cuda:0"):
-        assert runner._judge_bad(subject, op, dict(subject.inputs.args), device)["verdict"] == "PASS"
+        assert runner._judge_bad(made, op, dict(made.inputs.args), device)["verdict"] == "PASS"
     assert asked == ["auto", "values"]
 
 
@@ -407,13 +407,13 @@ def test_a_backend_without_kernels_is_not_judged() -> None:
 
 def test_an_oracle_is_computed_once_for_all_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    subject_of = runner.subject_of
+    subject_of = subject.subject_of
 
     def counted(case: Case, seed: int) -> Any:
         asked.append(case.id)
         return subject_of(case, seed)
 
-    monkeypatch.setattr(runner, "subject_of", counted)
+    monkeypatch.setattr(subject, "subject_of", counted)
     chosen = find(["rms_norm[float32-tokens]", "rms_norm[float32-one]"])
     with installed(*(Made("rms_norm", NORM, provider=p) for p in "abc")):
         results = list(runner.run(chosen, runner.targets(NAME), 0))

@@ -14,6 +14,7 @@ from glm5_hal.conformance.checks import batch
 from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import Args
 from glm5_hal.conformance.mutants.stand_in import Made, installed
+from glm5_hal.conformance.subject import subject_of
 
 NORM, DECODE = honest.rms_norm(), honest.decode()
 
@@ -72,7 +73,7 @@ def test_other_bits_are_right_unless_the_claim_is_made() -> None:
 )
 def test_what_a_batch_is_cut_into(case_id: str, ways: set[str]) -> None:
     (case,) = find([case_id])
-    subject = runner.subject_of(case, 0)
+    subject = subject_of(case, 0)
     fn = honest.kernel(case.op, lambda a: None)
     with installed(Made(case.op, fn)):
         chosen = runner.replace(next(iter(runner.context.catalogue().kernels("standin", case.op))))
@@ -84,7 +85,7 @@ def test_what_a_batch_is_cut_into(case_id: str, ways: set[str]) -> None:
 
 def test_a_padding_token_has_no_slot() -> None:
     (case,) = find(["mla_cache_write[float32-rows-latent_576]"])
-    subject = runner.subject_of(case, 0)
+    subject = subject_of(case, 0)
     trial = runner.Trial(case, subject.inputs, None, None, "cpu", subject.expected, None)  # type: ignore[arg-type]
     twice = next(p for p in batch.parts(trial) if p.what == "tokens twice")
     assert (twice.args["slot_mapping"][19:] == -1).all()

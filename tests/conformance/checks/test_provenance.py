@@ -21,6 +21,7 @@ from glm5_hal.conformance.intercept import operations
 from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import Args, kernel
 from glm5_hal.conformance.mutants.stand_in import Made, installed, judge
+from glm5_hal.conformance.subject import subject_of
 from glm5_hal.ops import specs
 from glm5_hal.ops._common.references import REFERENCES
 
@@ -106,7 +107,7 @@ def test_a_kernel_that_the_dispatcher_does_not_reach_is_caught() -> None:
     (case,) = find(["rms_norm[float32-tokens]"])
     right, never = kernel("rms_norm", honest.rms_norm()), lambda x, weight, *, eps: x
     with installed(Made("rms_norm", right)):
-        subject = runner.subject_of(case, 0)
+        subject = subject_of(case, 0)
         assert subject.expected is not None
         chosen = glm5_hal.backend.Kernel("rms_norm", "native", never)
         trial = runner.Trial(case, subject.inputs, chosen, ops.rms_norm, "cpu", subject.expected, probe_facts())
