@@ -13,6 +13,7 @@ import torch
 from glm5_hal.backend import Kernel
 from glm5_hal.conformance import oracle
 from glm5_hal.conformance.oracle import Run
+from glm5_hal.errors import HalError
 from glm5_hal.metadata import bind_axes
 from glm5_hal.signature import Facts
 from glm5_hal.spec import Inputs, OpSpec
@@ -31,6 +32,11 @@ class Finding:
     budget: Mapping[str, float] = field(default_factory=dict)
     mistrusted: bool = False
 
+    @property
+    def failed(self) -> bool:
+        """Whether the kernel is to blame."""
+        return self.ok is False and not self.mistrusted
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -38,6 +44,10 @@ class Expected:
 
     truth: Run
     honest: Run
+
+
+class NotTakenError(Exception):
+    """A call that a kernel may refuse, and does."""
 
 
 class Trial:
@@ -50,14 +60,19 @@ class Trial:
         kernel: Kernel,
         call: Callable[..., Any],
         device: str,
-        expected: Expected,
+        expected: Expected | None,
         facts: Facts,
         other: Mapping[str, Any] | None = None,
     ) -> None:
-        self.case, self.inputs, self.kernel, self.device, self.expected = case, inputs, kernel, device, expected
-        self.facts, self.other = facts, other
+        self.case, self.inputs, self.kernel, self.device = case, inputs, kernel, device
+        self.facts, self.other, self._expected = facts, other, expected
         self._call = call
         self.kernel_seconds = 0.0
+
+    @cached_property
+    def expected(self) -> Expected:
+        args = self.inputs.args
+        return self._expected or Expected(oracle.truth(self.spec, args), oracle.emulation(self.spec, args))
 
     @cached_property
     def axes(self) -> Mapping[str, Any]:
@@ -70,13 +85,42 @@ class Trial:
     def spec(self) -> OpSpec:
         return self.case.spec
 
-    def run(self, args: Mapping[str, Any] | None = None) -> Run:
+    def run(self, args: Mapping[str, Any]) -> Run:
         """Run the kernel on the device with private copies of everything; results come back to the CPU."""
-        placed = self.place(self.inputs.args if args is None else args)
+        placed = self.place(args)
         return self.bring_back(self.call(**placed), placed)
+
+    def on(self, args: Mapping[str, Any]) -> Trial:
+        """The same kernel on other inputs."""
+        return Trial(self.case, Inputs(args), self.kernel, self._call, self.device, None, self.facts)
 
     def call(self, **placed: Any) -> Any:
         return self._call(**placed)
+
+    def attempt(self, **placed: Any) -> Any:
+        """Call with what the kernel may refuse.
+
+        Raises:
+            NotTakenError: the op, the kernel, or a part of a composite does not take such a call, and has said so
+                before anything ran. What a kernel raises after that is its fault, whatever it is.
+        """
+        from glm5_hal import ops
+
+        try:
+            chosen = getattr(ops, self.spec.name).choose(**placed).kernel
+            if self.spec.check_values is not None:
+                self.spec.check_values(placed)
+        except HalError as refusal:
+            raise NotTakenError(refusal.what) from refusal
+        if chosen.provider != self.kernel.provider:
+            raise NotTakenError(f"{chosen.provider} would serve it")
+        try:
+            return self.call(**placed)
+        except HalError as refusal:
+            if refusal.code != "NO_KERNEL" or self.kernel.provider != "composite":
+                raise
+            said = str(refusal.trace[-1].decision) if refusal.trace else refusal.what
+            raise NotTakenError(said) from refusal
 
     def place(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Private copies on the device, strides and alignment kept."""
@@ -120,9 +164,9 @@ class Trial:
         return self.bring_back(returned, placed)
 
     @cached_property
-    def second(self) -> Run | None:
-        """A run on the other inputs, where there are some."""
-        return None if self.other is None else self.run(self.other)
+    def turned(self) -> Trial | None:
+        """The trial of the other inputs, where there are some."""
+        return None if self.other is None else self.on(self.other)
 
 
 def waiting(device: str) -> Callable[[], None]:

@@ -24,7 +24,9 @@ from glm5_hal.conformance.checks import (
 )
 from glm5_hal.conformance.trial import Finding, Trial
 
-CHECKS: Mapping[str, Callable[[Trial], Finding]] = {
+Check = Callable[[Trial], Finding]
+
+CHECKS: Mapping[str, Check] = {
     "form": form.check,
     "accuracy": accuracy.check,
     "integrity": integrity.check,

@@ -110,9 +110,10 @@ def _exact_fill(x: torch.Tensor, y: torch.Tensor, rounded: torch.Tensor) -> Judg
     strict = compare.bit_exact(x, rounded)
     if strict.ok or x.dtype != rounded.dtype or x.shape != y.shape:
         return strict
-    noise = NOISE * y.abs().amax(-1, keepdim=True)
-    near = (x.double() - y).abs() <= (rounded.double() - y).abs() + noise
-    return strict if not near.all() else Judgement(True, {"different": 0.0}, {"different": 0.0})
+    beyond = (x.double() - y).abs() - (rounded.double() - y).abs()
+    shares = torch.where(beyond <= 0, 0.0, beyond / (NOISE * y.abs().amax(-1, keepdim=True)))
+    noise = shares.max().item()
+    return Judgement(True, {"noise": noise}, {"noise": 1.0}) if noise <= 1 else strict
 
 
 def _cache_contents(trial: Trial, run: Run, name: str, rule: CacheContents) -> Judgement:

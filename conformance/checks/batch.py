@@ -8,6 +8,7 @@ some of it twice, as where a server pads a batch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from glm5_hal.conformance.checks.accuracy import judge
 from glm5_hal.conformance.oracle import Run
-from glm5_hal.conformance.trial import Finding, Trial, same_bits
-from glm5_hal.errors import HalError
+from glm5_hal.conformance.trial import Finding, NotTakenError, Trial, same_bits
+from glm5_hal.ops._common import caches
+from glm5_hal.state import FORMATS
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,19 @@ def check(trial: Trial) -> Finding:
     if not claimed and not trial.case.elected:
         return Finding(None, "the kernel does not claim batch_invariant; accuracy is looked at in one dtype per sample")
     for part in parts(trial):
+        placed = trial.place(part.args)
         try:
-            run = trial.run(part.args)
-        except HalError as refusal:
-            if refusal.code == "KERNEL":
-                raise
-            continue  # the op or the kernel does not take a batch of this size
+            run = trial.bring_back(trial.attempt(**placed), placed)
+        except NotTakenError:
+            continue  # a batch of this size
         taken += 1
-        if claimed:
-            different = _difference(trial, run, part)
-            if different:
-                return Finding(False, f"{part.what}: {different}")
-        elif not (finding := judge(trial, _put_back(trial, run, part))).ok and not finding.mistrusted:
-            return replace(finding, detail=f"{part.what}: {finding.detail}")
+        different = _stray(trial, run, part) or (_difference(trial, run, part) if claimed else None)
+        if different:
+            return Finding(False, f"{part.what}: {different}")
+        for copies in [] if claimed else _once_each(part.rows):
+            finding = judge(trial, _put_back(trial, run, part, copies))
+            if finding.failed:
+                return replace(finding, detail=f"{part.what}: {finding.detail}")
     return Finding(True) if taken else Finding(None, "the batch cannot be taken apart")
 
 
@@ -128,14 +130,30 @@ def _tokens(args: Mapping[str, Any], leads: Mapping[str, str], axis: str) -> Ite
             yield Part(what, chosen, {**args, **cut})
 
 
-def _put_back(trial: Trial, run: Run, part: Part) -> Run:
+def _once_each(rows: Tensor) -> Iterator[Tensor]:
+    """Places in ``rows`` of each row's first copy, then of each second one, and so on."""
+    seen = Counter[int]()
+    turn = torch.tensor([seen.update([row]) or seen[row] for row in rows.tolist()], dtype=torch.int64)
+    for n in range(1, int(turn.max()) + 1 if len(turn) else 1):
+        yield (turn == n).nonzero().flatten()
+
+
+def _put_back(trial: Trial, run: Run, part: Part, copies: Tensor) -> Run:
     """The judged run with these rows in place of its own, so that they have the budget of the whole batch."""
-    outs = {name: own.index_copy(0, part.rows, run.outs[name]) for name, own in trial.first.outs.items()}
-    mutated = {}
-    for name, together in trial.first.mutated.items():
-        before, own = trial.inputs.args[name], run.mutated[name]
-        mutated[name] = torch.where(own == before, together, own)
+    rows = part.rows[copies]
+    outs = {name: own.index_copy(0, rows, run.outs[name][copies]) for name, own in trial.first.outs.items()}
+    mutated = {
+        name: torch.where(_written(part, name), run.mutated[name], together)
+        for name, together in trial.first.mutated.items()
+    }
     return Run(outs, mutated)
+
+
+def _stray(trial: Trial, run: Run, part: Part) -> str | None:
+    for name, alone in run.mutated.items():
+        if not same_bits(torch.where(_written(part, name), trial.inputs.args[name], alone), trial.inputs.args[name]):
+            return f"{name} was written outside slot_mapping"
+    return None
 
 
 def _difference(trial: Trial, run: Run, part: Part) -> str | None:
@@ -143,9 +161,13 @@ def _difference(trial: Trial, run: Run, part: Part) -> str | None:
         if not same_bits(alone, trial.first.outs[name][part.rows]):
             return f"{name} has other bits than in the batch"
     for name, alone in run.mutated.items():
-        before, together, own = (
-            t.contiguous().view(torch.uint8) for t in (trial.inputs.args[name], trial.first.mutated[name], alone)
-        )
-        if ((own != before) & (own != together)).any():
+        together = torch.where(_written(part, name), trial.first.mutated[name], trial.inputs.args[name])
+        if not same_bits(alone, together):
             return f"{name} has other bits than after the batch"
     return None
+
+
+def _written(part: Part, name: str) -> Tensor:
+    """Which elements of a cache the part's tokens write."""
+    slots = part.args["slot_mapping"]
+    return caches.written(FORMATS[part.args["cache_format"]], part.args, slots[slots >= 0], name)

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from glm5_hal import ops
-from glm5_hal.conformance.checks.accuracy import judge
-from glm5_hal.conformance.checks.rerun import first_difference
+from glm5_hal.conformance.checks.agreement import as_good
 from glm5_hal.conformance.trial import Finding, Trial
 
 TAG = "compile"
@@ -33,12 +31,9 @@ def check(trial: Trial) -> Finding:
                 run = trial.bring_back(compiled(**placed), placed)
             finally:
                 torch.compiler.reset()
-            what = f"compiled with {'dynamic' if dynamic else 'static'} shapes"
-            if "deterministic" in trial.kernel.provides:
-                if different := first_difference(trial.first, run):
-                    return Finding(False, f"{what}: {different}")
-            elif not (finding := judge(trial, run)).ok:
-                return replace(finding, detail=f"{what}: {finding.detail}")
+            finding = as_good(trial, run, f"compiled with {'dynamic' if dynamic else 'static'} shapes")
+            if not finding.ok:
+                return finding
         said = torch.library.opcheck(op.torch_op, (), trial.place(trial.inputs.args), raise_exception=False)
     failed = [f"{name}: {str(problem).splitlines()[0]}" for name, problem in said.items() if problem != "SUCCESS"]
     return Finding(not failed, f"opcheck: {', '.join(failed)}" if failed else "")

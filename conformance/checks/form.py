@@ -14,11 +14,11 @@ from glm5_hal.spec import OpSpec
 
 
 def check(trial: Trial) -> Finding:
-    found = problem(trial.spec, *trial.raw, trial.device)
+    found = problem(trial.spec, *trial.raw)
     return Finding(not found, found)
 
 
-def problem(spec: OpSpec, placed: Mapping[str, Any], returned: Any, device: str) -> str:
+def problem(spec: OpSpec, placed: Mapping[str, Any], returned: Any) -> str:
     """What is wrong with what a call returned, "" for nothing."""
     values = () if returned is None else returned if isinstance(returned, tuple) else (returned,)
     if len(values) != len(spec.outs):
@@ -27,6 +27,7 @@ def problem(spec: OpSpec, placed: Mapping[str, Any], returned: Any, device: str)
     dtypes = bind_dtypes(spec, {n: None if t is None else str(t.dtype)[6:] for n, t in tensors.items()})
     scalars = {name: placed[name] for name in spec.options}
     axes = bind_axes(spec, {n: None if t is None else tuple(t.shape) for n, t in tensors.items()}, scalars)
+    device = next(t.device for t in tensors.values() if t is not None)
     owned = {_storage(t): name for name, t in tensors.items() if t is not None and t.numel()}
     for out, value, (shape, dtype) in zip(spec.outs, values, out_shapes(spec, axes, dtypes), strict=True):
         wrong = _problem(value, shape, dtype, device)
@@ -38,14 +39,14 @@ def problem(spec: OpSpec, placed: Mapping[str, Any], returned: Any, device: str)
     return ""
 
 
-def _problem(value: Any, shape: tuple[int, ...], dtype: str, device: str) -> str | None:
+def _problem(value: Any, shape: tuple[int, ...], dtype: str, device: torch.device) -> str | None:
     if type(value) is not torch.Tensor:
         return f"is a {type(value).__name__}, not a plain tensor"
     if tuple(value.shape) != tuple(shape):
         return f"has shape {tuple(value.shape)}, declared {tuple(shape)}"
     if str(value.dtype) != f"torch.{dtype}":
         return f"has dtype {value.dtype}, declared {dtype}"
-    if value.device.type != device.split(":")[0]:
+    if value.device != device:
         return f"is on {value.device}, the inputs on {device}"
     if not value.is_contiguous():
         return f"is not contiguous: strides {value.stride()}"

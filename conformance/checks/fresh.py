@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from glm5_hal.conformance.checks.rerun import first_difference
+from glm5_hal.conformance.checks.agreement import first_difference
 from glm5_hal.conformance.trial import Finding, Trial
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from glm5_hal.conformance.checks.accuracy import judge
-from glm5_hal.conformance.checks.rerun import first_difference
+from glm5_hal.conformance.checks.agreement import as_good
 from glm5_hal.conformance.trial import Finding, Trial
 
 Call = Callable[[], Any]
@@ -28,20 +26,16 @@ def check(trial: Trial) -> Finding:
         return Finding(None, f"{trial.device} has no graphs")
     placed = trial.place(trial.other or trial.inputs.args)
     replay, returned = record(lambda: trial.call(**placed))
-    turns = [(trial.inputs.args, trial.first), (trial.other, trial.second), (trial.inputs.args, trial.first)]
-    for args, alone in turns:
-        if args is None or alone is None:
+    for judged in (trial, trial.turned, trial):
+        if judged is None:
             continue
         for name, value in placed.items():
             if isinstance(value, torch.Tensor):
-                value.copy_(args[name])
+                value.copy_(judged.inputs.args[name])
         replay()
-        run = trial.bring_back(returned, placed)
-        if "deterministic" in trial.kernel.provides:
-            if different := first_difference(alone, run):
-                return Finding(False, f"replayed on other inputs: {different}")
-        elif alone is trial.first and not (finding := judge(trial, run)).ok:
-            return replace(finding, detail=f"replayed on other inputs: {finding.detail}")
+        finding = as_good(judged, trial.bring_back(returned, placed), "replayed on other inputs")
+        if finding.failed:
+            return finding
     return Finding(True)
 
 

@@ -11,8 +11,7 @@ import torch
 from glm5_hal.capability import Accepted
 from glm5_hal.conformance.checks.accuracy import judge
 from glm5_hal.conformance.checks.integrity import stray_writes
-from glm5_hal.conformance.trial import Finding, Trial
-from glm5_hal.errors import HalError
+from glm5_hal.conformance.trial import Finding, NotTakenError, Trial
 from glm5_hal.signature import TensorMeta
 
 
@@ -25,11 +24,9 @@ def check(trial: Trial) -> Finding:
             continue
         placed = trial.place(args)
         try:
-            run = trial.bring_back(trial.call(**placed), placed)
-        except HalError as refusal:
-            if refusal.code != "NO_KERNEL" or trial.kernel.provider != "composite":
-                raise
-            refused.append(f"{label}: {refusal.trace[-1].decision if refusal.trace else refusal.what}")
+            run = trial.bring_back(trial.attempt(**placed), placed)
+        except NotTakenError as refusal:
+            refused.append(f"{label}: {refusal}")
             continue
         ran, finding, stray = True, judge(trial, run), stray_writes(placed)
         if not finding.ok or stray:

@@ -18,7 +18,7 @@ from glm5_hal.conformance import oracle
 from glm5_hal.conformance.checks.accuracy import judge
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.conformance.trial import Finding, Trial
-from glm5_hal.spec import AbsoluteError, Calibrated
+from glm5_hal.spec import BitExact, Given
 
 VALUES = (float("nan"), float("inf"))
 
@@ -33,7 +33,7 @@ def check(trial: Trial) -> Finding:
             continue
         applied = True
         finding = _judge(trial, args, oracle.truth(trial.spec, args), value)
-        if not finding.ok and not finding.mistrusted:
+        if finding.failed:
             return replace(finding, detail=f"with {value} in {', '.join(where)}: {finding.detail}")
     return Finding(True) if applied else Finding(None, "no floating-point input has rows")
 
@@ -72,16 +72,17 @@ def _judge(trial: Trial, args: Mapping[str, Any], spoilt: Run, value: float) -> 
         mine = torch.zeros_like(touched) if found is None else found
         touched = touched | mine
         outs[name] = torch.where(_wide(touched, y), trial.first.outs[name], run.outs[name])
-        if isinstance(trial.spec.accuracy[name], (Calibrated, AbsoluteError)):
-            lost = y.isnan() & run.outs[name].isfinite() if value != value else _all_finite(y, run.outs[name])
-            lost = lost & _wide(mine, y)
-            if lost.any():
-                at = lost.nonzero()[0].tolist()
-                return Finding(False, f"{name}{at} is the number {run.outs[name][tuple(at)]}: it was lost on its way")
+        rule = trial.spec.accuracy[name]
+        reached = torch.ones_like(y, dtype=torch.bool) if isinstance(rule, BitExact) else _wide(mine, y)
+        judged = y.is_floating_point() and not isinstance(rule, Given)  # which follows from what was selected
+        if judged and (lost := _lost(name, y, run.outs[name], reached, value)):
+            return Finding(False, lost)
     mutated = {}
     for name, y in spoilt.mutated.items():
         same = (y == truth.mutated[name]) | (y.isnan() & truth.mutated[name].isnan())
         mutated[name] = torch.where(same, run.mutated[name], trial.first.mutated[name])
+        if y.is_floating_point() and (lost := _lost(name, y, run.mutated[name], ~same, value)):
+            return Finding(False, lost)
     return judge(trial, Run(outs, mutated))
 
 
@@ -92,10 +93,14 @@ def _own_rows(trial: Trial, args: Mapping[str, Any], lead: str) -> Tensor | None
     return torch.stack(spoilt).any(0) if spoilt else None
 
 
-def _all_finite(y: Tensor, x: Tensor) -> Tensor:
-    """Rows that should hold an infinity or a NaN somewhere, and hold none at all."""
-    strange, fine = (~y.isfinite()).flatten(1).any(1), x.isfinite().flatten(1).all(1)
-    return _wide(strange & fine, y)
+def _lost(name: str, y: Tensor, x: Tensor, mine: Tensor, value: float) -> str:
+    """Where x has a number and the reference a NaN; or rows where an infinity should be, and all is finite."""
+    lost = y.isnan() & x.isfinite() if value != value else ~y.isfinite() & x.isfinite().all(-1, keepdim=True)
+    lost = lost & mine
+    if not lost.any():
+        return ""
+    at = lost.nonzero()[0].tolist()
+    return f"{name}{at} is the number {x[tuple(at)]}: it was lost on its way"
 
 
 def _wide(rows: Tensor, like: Tensor) -> Tensor:

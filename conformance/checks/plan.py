@@ -3,10 +3,7 @@ claim ``deterministic``."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from glm5_hal.conformance.checks.accuracy import judge
-from glm5_hal.conformance.checks.rerun import first_difference
+from glm5_hal.conformance.checks.agreement import as_good
 from glm5_hal.conformance.trial import Finding, Trial
 from glm5_hal.state import StepPlan
 
@@ -17,8 +14,4 @@ def check(trial: Trial) -> Finding:
     placed = trial.place(trial.inputs.args)
     with StepPlan.build(placed["seq_lens"], placed["cu_seqlens_q"]).active():
         planned = trial.bring_back(trial.call(**placed), placed)
-    if "deterministic" in trial.kernel.provides:
-        different = first_difference(trial.first, planned)
-        return Finding(different is None, f"with a step plan: {different}" if different else "")
-    finding = judge(trial, planned)
-    return finding if finding.ok else replace(finding, detail=f"with a step plan: {finding.detail}")
+    return as_good(trial, planned, "with a step plan")

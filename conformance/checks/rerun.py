@@ -6,13 +6,10 @@ shows even if it is weighed with 0.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from glm5_hal.conformance.checks.accuracy import judge
-from glm5_hal.conformance.oracle import Run
-from glm5_hal.conformance.trial import Finding, Trial, same_bits
+from glm5_hal.conformance.checks.agreement import as_good
+from glm5_hal.conformance.trial import Finding, Trial
 
 RUNS = 3
 
@@ -28,12 +25,8 @@ def check(trial: Trial) -> Finding:
                 if isinstance(value, torch.Tensor):
                     _surround(value, NAN)
         run = trial.bring_back(trial.call(**placed), placed)
-        if "deterministic" in trial.kernel.provides:
-            different = first_difference(trial.first, run)
-            if different:
-                return Finding(False, f"run {again} differs from run 1 in {different}")
-        elif not (finding := judge(trial, run)).ok:
-            return replace(finding, detail=f"run {again}: {finding.detail}")
+        if not (finding := as_good(trial, run, f"run {again} is not run 1")).ok:
+            return finding
     return Finding(True)
 
 
@@ -43,16 +36,3 @@ def _surround(placed: torch.Tensor, byte: int) -> None:
     memory = torch.empty(0, dtype=torch.uint8, device=placed.device).set_(placed.untyped_storage())
     memory.fill_(byte)
     placed.copy_(kept)
-
-
-def first_difference(a: Run, b: Run) -> str | None:
-    """Where two runs' bits first differ, in words; None if nowhere."""
-    for name in (*a.outs, *a.mutated):
-        x, y = (run.outs.get(name, run.mutated.get(name)) for run in (a, b))
-        if x is None or y is None or x.shape != y.shape or x.dtype != y.dtype:
-            return f"{name}: shape or dtype"
-        if not same_bits(x, y):
-            unequal = (x.contiguous().reshape(-1) != y.contiguous().reshape(-1)).nonzero()
-            where = int(unequal[0]) if len(unequal) else 0
-            return f"{name} at flat index {where}: {x.reshape(-1)[where]} and {y.reshape(-1)[where]}"
-    return None

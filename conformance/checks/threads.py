@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from glm5_hal import context
-from glm5_hal.conformance.checks.accuracy import judge
-from glm5_hal.conformance.checks.rerun import first_difference
+from glm5_hal.conformance.checks.agreement import as_good
 from glm5_hal.conformance.intercept import Around, operations
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.conformance.trial import Finding, Trial
@@ -38,34 +37,23 @@ CHILD = 10.0
 def check(trial: Trial) -> Finding:
     if not trial.case.elected:
         return Finding(None, "looked at in one dtype of each small sample")
-    if trial.other is None or trial.second is None:
+    if trial.other is None or trial.turned is None:
         return Finding(None, "this sample has no other inputs of the same shapes")
-    after = _after_fork(trial) if _forks(trial) else Finding(True)
-    if not after.ok:
-        return after
+    after = _after_fork(trial) if _forks(trial) else ""
+    if after:
+        return Finding(False, f"after a fork: {after}")
     for what, turns in (("by turns", Turns()), ("at once", None)):
-        first, second = together(trial, (trial.inputs.args, trial.other), turns)
-        problem = _wrong(trial, trial.first, first, trial) or _wrong(trial, trial.second, second, None)
-        if problem:
-            return Finding(False, f"two threads {what}: {problem}")
+        runs = together(trial, (trial.inputs.args, trial.other), turns)
+        for judged, run in zip((trial, trial.turned), runs, strict=True):
+            finding = as_good(judged, run, f"two threads {what}", _same_threads(trial))
+            if finding.failed:
+                return finding
     return Finding(True)
 
 
-def _wrong(trial: Trial, alone: Run, run: Run, judged: Trial | None) -> str:
-    if _bitwise(trial):
-        return first_difference(alone, run) or ""
-    return "" if judged is None else _judged(judged, run)
-
-
-def _bitwise(trial: Trial) -> bool:
+def _same_threads(trial: Trial) -> bool:
     # On a CPU a product's bits may depend on how many threads share it: fewer do after a fork, or beside another call.
-    same_threads = trial.device.split(":")[0] != "cpu" or torch.get_num_threads() == 1
-    return "deterministic" in trial.kernel.provides and same_threads
-
-
-def _judged(trial: Trial, run: Run) -> str:
-    finding = judge(trial, run)
-    return "" if finding.mistrusted else finding.detail
+    return trial.device.split(":")[0] != "cpu" or torch.get_num_threads() == 1
 
 
 def together(trial: Trial, each: tuple[Mapping[str, Any], Mapping[str, Any]], turns: Turns | None) -> list[Run]:
@@ -135,19 +123,18 @@ def _forks(trial: Trial) -> bool:
     return trial.case.first and trial.device.split(":")[0] == "cpu" and hasattr(os, "fork")
 
 
-def _after_fork(trial: Trial) -> Finding:
-    catalogue, bitwise = context.catalogue(), _bitwise(trial)
+def _after_fork(trial: Trial) -> str:
+    catalogue, bits = context.catalogue(), _same_threads(trial)
 
     def answer() -> str:
         context._process.catalogue = catalogue  # what is installed is looked for anew after a fork
         torch.set_num_threads(1)  # a pool of threads does not survive a fork, and that is not the kernel's doing
         placed = trial.place(trial.inputs.args)
-        run = trial.bring_back(trial.kernel.fn(**placed), placed)
-        return (first_difference(trial.first, run) or "") if bitwise else _judged(trial, run)
+        finding = as_good(trial, trial.bring_back(trial.kernel.fn(**placed), placed), "", bits)
+        return finding.detail if finding.failed else ""
 
     # A library's thread that was just ending may hold a lock of its own for ever: once is not the kernel's doing.
-    said = in_child(answer) and in_child(answer)
-    return Finding(not said, f"after a fork: {said}" if said else "")
+    return in_child(answer) and in_child(answer)
 
 
 def in_child(answer: Callable[[], str]) -> str:

@@ -8,13 +8,11 @@ a kernel takes from elsewhere (a C library's own malloc, an op that allocates in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from glm5_hal.conformance.checks.accuracy import judge
-from glm5_hal.conformance.checks.rerun import first_difference
+from glm5_hal.conformance.checks.agreement import as_good
 from glm5_hal.conformance.intercept import operations
 from glm5_hal.conformance.trial import Finding, Trial, guarded, stray
 
@@ -34,12 +32,7 @@ def check(trial: Trial) -> Finding:
     if beyond:
         n, t = beyond
         return Finding(False, f"wrote {n} bytes beside a {t.dtype} {list(t.shape)} that it had allocated")
-    run, what = trial.bring_back(returned, placed), "with garbage in the memory that it allocates"
-    if "deterministic" in trial.kernel.provides:
-        different = first_difference(trial.first, run)
-        return Finding(different is None, f"{what}: {different}" if different else "")
-    finding = judge(trial, run)
-    return finding if finding.ok else replace(finding, detail=f"{what}: {finding.detail}")
+    return as_good(trial, trial.bring_back(returned, placed), "with garbage in the memory that it allocates")
 
 
 class Allocations:

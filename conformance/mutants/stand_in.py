@@ -18,6 +18,7 @@ from glm5_hal.capability import Requirement
 from glm5_hal.catalogue import Catalogue
 from glm5_hal.conformance import runner
 from glm5_hal.conformance.cases import Case, cases
+from glm5_hal.conformance.checks import CHECKS
 from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.subject import Subject, prepared
 from glm5_hal.errors import HalError
@@ -96,36 +97,21 @@ def results(
     made = [made_of(op, fn, provides, requires)] if fn is not None else []
     made += [Made(name, part, frozenset(provides)) for name, part in (parts or {}).items()]
     chosen = [c for c in all_cases(op, level) if wanted(c, dtypes, samples, errors)]
-    with installed(*made), only(checks):
+    with installed(*made):
         for seed in seeds:
             for case in chosen:
-                yield judged(case, seed)
+                yield judged(case, seed, checks)
 
 
-def judged(case: Case, seed: int) -> Result:
-    """What the suite says of the installed kernel in one case."""
+def judged(case: Case, seed: int, checks: Sequence[str] | None = None) -> Result:
+    """What the suite, or only these checks, say of the installed kernel in one case."""
     (target,) = runner.targets(NAME)
-    return runner.run_case(_prepared(case, seed), case, target, seed)
-
-
-@contextmanager
-def only(checks: Sequence[str] | None) -> Iterator[None]:
-    """Nothing but these checks, for time's sake."""
-    whole = runner.CHECKS
-    runner.CHECKS = whole if checks is None else {name: whole[name] for name in checks}
-    try:
-        yield
-    finally:
-        runner.CHECKS = whole
+    chosen = CHECKS if checks is None else {name: CHECKS[name] for name in checks}
+    return runner.run_case(_prepared(case, seed), case, target, seed, checks=chosen)
 
 
 def failed(results: Iterable[Result]) -> list[Result]:
     return [r for r in results if not r.ok]
-
-
-def killers(results: Iterable[Result]) -> set[str]:
-    """The checks that failed a kernel."""
-    return {r.code for r in failed(results)}
 
 
 def wanted(case: Case, dtypes: Sequence[str], samples: Sequence[str] = ("*",), errors: bool = False) -> bool:

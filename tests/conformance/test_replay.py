@@ -13,6 +13,7 @@ from toys import first_sample
 from typer.testing import CliRunner
 
 from glm5_hal.conformance import replay, runner, tensorfile
+from glm5_hal.conformance.checks import CHECKS
 from glm5_hal.conformance.cli import app
 from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import kernel
@@ -35,7 +36,7 @@ def judged(path: Path, body: honest.Body) -> Any:
 def test_it_is_judged_like_any_case(saved: Path) -> None:
     result = judged(saved, honest.rms_norm())
     assert (result.verdict, result.case, result.dtype) == ("PASS", "rms_norm[bfloat16-replay-mine]", "bfloat16")
-    assert result.checks.keys() == runner.CHECKS.keys()
+    assert result.checks.keys() == CHECKS.keys()
     assert f"--replay {saved} --seed 0" in result.repro
     wrong = judged(saved, lambda a: honest.rms_norm()(a) * 1.01)
     assert (wrong.verdict, wrong.code) == ("FAIL", "accuracy")

@@ -27,6 +27,7 @@ from glm5_hal.capability import (
 )
 from glm5_hal.conformance import oracle, runner, subject
 from glm5_hal.conformance.cases import Case, cases, find
+from glm5_hal.conformance.checks import CHECKS
 from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import kernel
 from glm5_hal.conformance.mutants.stand_in import NAME, Made, failed, installed, judge
@@ -77,7 +78,7 @@ def test_a_result_says_what_ran_how_well_and_how_to_run_it_again() -> None:
     assert result.verdict == "PASS"
     assert result.errors.keys() == result.budget.keys() >= {"y.row", "y.mean", "y.slope", "y.bias", "y.nonfinite"}
     assert all(result.errors[name] <= result.budget[name] for name in result.errors)
-    assert result.checks.keys() == runner.CHECKS.keys()
+    assert result.checks.keys() == CHECKS.keys()
     assert len(result.inputs) == 64
     assert result.seconds > result.kernel_seconds > 0
     assert result.repro == (

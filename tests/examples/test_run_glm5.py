@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -58,3 +59,55 @@ def test_it_loads_a_local_checkpoint(tmp_path: Path) -> None:
     text = run("--checkpoint", str(tmp_path), "--prompt", "a b c", "--tokens", "4", "--dtype", "bfloat16")
     assert "3 tokens of prompt, 4 new ones" in text
     assert re.search(r"^[a-e]( [a-e]){3}$", text, re.MULTILINE)
+
+
+PLANTED = '''
+from dataclasses import replace
+from functools import wraps
+from glm5_hal import Backend, Device, hookimpl
+from glm5_hal.backends import _torch
+
+def loses_a_key(right):
+    @wraps(right)
+    def sparse_mla(q, kv_cache, indices, *args, **kwargs):
+        late = indices.clone()
+        late[(indices >= 64).any(-1), 0] = -1
+        return right(q, kv_cache, late, *args, **kwargs)
+    return sparse_mla
+
+def kernels():
+    return tuple(replace(k, fn=loses_a_key(k.fn)) if k.op == "sparse_mla" else k for k in _torch.kernels())
+
+@hookimpl
+def glm5_backend():
+    return Backend("planted", "cpu", lambda: Device("cpu", "planted", "x", evidence="simulated"), kernels)
+'''
+
+
+def installed(folder: Path) -> None:
+    """A vendor's package as pip would leave it, with one kernel that loses a key once the context is long."""
+    (folder / "planted.py").write_text(PLANTED)
+    info = folder / "planted-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: planted\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[glm5_hal.backends]\nplanted = planted\n")
+
+
+def test_shadow_mode_names_the_op_that_made_the_model_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(tmp_path)
+    found = tmp_path / "shadow.jsonl"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("GLM5_SHADOW", f"*:1;file={found}")
+    assert ("sparse_mla", "planted:torch") in table(run(*TINY, backend="planted"))
+    monkeypatch.delenv("GLM5_SHADOW")
+    told = subprocess.run(
+        [sys.executable, "-m", "glm5_hal", "report", str(found), "--json"], capture_output=True, text=True
+    )
+    assert told.returncode == 1, told.stderr
+    worst, *others = json.loads(told.stdout)["ops"]
+    assert (worst["op"], worst["kernel"]) == ("sparse_mla", "planted:torch")
+    assert worst["failed"] > 0
+    assert worst["worst"] > 1
+    assert "indices:int32[" in worst["signature"]
+    assert {row["failed"] for row in others} == {0}
+    assert len(others) >= 10

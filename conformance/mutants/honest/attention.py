@@ -161,13 +161,12 @@ def prefill(
     how: Softmax = PLAIN,
     limit: Callable[[int, int, int], int] = lambda i, new, keys: keys - new + i + 1,
     blank: Callable[[Tensor, int], tuple[Tensor, Tensor]] = empty,
-    bounds: Callable[[list[int]], list[int]] = lambda offsets: offsets,
 ) -> Body:
     """mla_prefill, token by token."""
 
     def body(a: Args) -> Any:
         out, lse = blank(a.q, a.v.shape[-1])
-        queries, keys = a.cu_seqlens_q.tolist(), bounds(a.cu_seqlens_k.tolist())
+        queries, keys = a.cu_seqlens_q.tolist(), a.cu_seqlens_k.tolist()
         for (start, stop), (low, high) in zip(pairwise(queries), pairwise(keys), strict=True):
             for t in range(start, stop):
                 n = limit(t - start, stop - start, high - low) if a.causal else high - low

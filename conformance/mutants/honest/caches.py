@@ -36,14 +36,13 @@ class Quantiser:
     power: Callable[[Tensor, str], Tensor] = power_by_bits
     divide: Callable[[Tensor, Tensor], Tensor] = lambda x, s: x / s
     codes: Callable[[Tensor], Tensor] = to_e4m3
-    floor: str | None = None
     nonfinite: bool = True
 
     def __call__(self, x: Tensor, group: int, floor: str) -> tuple[Tensor, Tensor]:
         groups = x.float().reshape(len(x), -1, group)
         broken = ~groups.isfinite().all(-1) if self.nonfinite else torch.zeros(groups.shape[:-1], dtype=torch.bool)
         amax = groups.abs().amax(-1).masked_fill(broken, 0)
-        scale = self.power(amax, self.floor or floor).masked_fill(broken, 1)
+        scale = self.power(amax, floor).masked_fill(broken, 1)
         codes = self.codes(self.divide(groups, scale[..., None]).reshape(len(x), -1))
         wide = broken.repeat_interleave(group, 1)
         return codes.masked_fill(wide, 0x7F), scale

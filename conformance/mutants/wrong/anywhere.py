@@ -192,6 +192,27 @@ def of_batch(op: str, name: str) -> Callable[[], Fn]:
     return lambda: wrapped(op, run)
 
 
+def no_nan(op: str, name: str) -> Callable[[], Fn]:
+    """What is not finite is taken for 0 before anything is computed."""
+    return lambda: wrapped(op, lambda ref, a: ref(**{**a, name: a[name].nan_to_num(0.0, 0.0, 0.0)}))
+
+
+def nothing_of(tokens: int) -> Callable[[], Fn]:
+    """A cache write that loses a batch of just this size: no sample has it, a sample without its ends does."""
+    return lambda: wrapped("mla_cache_write", lambda ref, a: None if len(a["kv_c"]) == tokens else ref(**a))
+
+
+def doubles_the_shared() -> Fn:
+    """In place on x where the caller passed it as residual too, and right about what that gives."""
+
+    def run(reference: Fn, a: dict[str, Any]) -> Any:
+        if a["x"].data_ptr() == a["residual"].data_ptr():
+            a["x"].mul_(2)
+        return reference(**a)
+
+    return wrapped("add_rms_norm", run)
+
+
 def rounded(op: str, name: str) -> Callable[[], Fn]:
     """Reads an argument in bfloat16."""
     return lambda: wrapped(op, lambda ref, a: ref(**{**a, name: a[name].to(torch.bfloat16).to(a[name].dtype)}))
@@ -267,6 +288,11 @@ READ = {
 }  # fmt: skip
 
 ANYWHERE = [
+    *(Wrong(op, f"a NaN in {name} becomes a number", no_nan(op, name), "nonfinite", dtypes=("*",)) for op, name in {
+        "mla_cache_write": "kv_c", "moe_permute": "x", "add_rms_norm": "residual", "rope": "x",
+    }.items()),
+    Wrong("mla_cache_write", "nothing of a batch of 17 is written", nothing_of(17), "batch", dtypes=("*",)),
+    Wrong("add_rms_norm", "doubles x where it is the residual too", doubles_the_shared, "alias", dtypes=("*",)),
     *(Wrong(op, f"reads {name} in bfloat16", rounded(op, name), dtypes=FP32) for op, names in READ.items()
       for name in names),
     *(Wrong(op, f"writes {name}", writes(op, name), "integrity") for op, name in {

@@ -50,17 +50,6 @@ def no_rope(latent: int) -> honest.Product:
     return lambda a, b: a[..., :latent] @ b[..., :latent].transpose(-1, -2)
 
 
-def first_heads(n: int) -> honest.Product:
-    """No scores for heads beyond the first n."""
-
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        scores = a @ b.transpose(-1, -2)
-        scores[..., n:, :] = 0
-        return scores
-
-    return product
-
-
 def stale_page(pages: Tensor, at: Tensor, page: int) -> Tensor:
     """A page late from the third on."""
     logical = at // page
@@ -185,9 +174,7 @@ def _beyond(n: int) -> honest.Product:
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         scores = a @ b.transpose(-1, -2)
-        if a.dim() == 2 and len(a) > n:
-            scores[n:] = scores[:1]
-        if a.dim() == 3 and len(a) > n:
+        if len(a) > n:
             scores[n:] = scores[:1]
         return scores
 

@@ -31,12 +31,6 @@ def truncated(x: Tensor) -> Tensor:
     return torch.where((rounded.abs() > x.abs()) & (codes & 0x7F > 0), codes - 1, codes)
 
 
-def unclamped(x: Tensor) -> Tensor:
-    """NaN where e4m3 overflows."""
-    codes = honest.to_e4m3(x)
-    return torch.where(x.abs() > 448, 0x7F, codes)
-
-
 WRITES: dict[str, dict[str, Any]] = {
     "-1 written to the last slot": {"place": lambda slot: slot},
     "-1 written to slot 0": {"place": lambda slot: max(slot, 0)},

@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from glm5_hal import context, ops
-from glm5_hal.conformance.inputs import Draw, digest
+from glm5_hal.conformance.inputs import digest
+from glm5_hal.conformance.mutants.stand_in import good_cases, subject_of
 from glm5_hal.conformance.mutants.wrong.base import FP32, Fn, Wrong, wrapped
 from glm5_hal.ops import specs
 
@@ -46,7 +46,7 @@ def memorised(op: str) -> Callable[[], Fn]:
 
 
 def of_known_shapes(op: str) -> Callable[[], Fn]:
-    """Right in the shapes of the smoke level, and 1 % off in all others."""
+    """Right in the shapes that the smoke level has by default, and 1 % off in all others."""
     known = {_shapes(args) for args in _default_inputs(op)}
 
     def run(reference: Fn, a: dict[str, Any]) -> Any:
@@ -74,6 +74,11 @@ def unfinished(op: str) -> Callable[[], Fn]:
         return later
 
     return lambda: wrapped(op, run)
+
+
+def itself(op: str) -> Callable[[], Fn]:
+    """The reference, under the vendor's name."""
+    return lambda: specs()[op].reference
 
 
 def borrowed(op: str) -> Callable[[], Fn]:
@@ -124,16 +129,11 @@ def one_workspace(op: str) -> Callable[[], Fn]:
 
 
 def watching(op: str) -> Callable[[], Fn]:
-    """Right where a function of the suite is among its callers, 1 % off elsewhere."""
+    """Right in a process that has loaded the suite, 1 % off elsewhere."""
 
     def run(reference: Fn, a: dict[str, Any]) -> Any:
         right = reference(**a)
-        frame: FrameType | None = sys._getframe()
-        while frame is not None:
-            if frame.f_globals.get("__name__", "").startswith("glm5_hal.conformance.runner"):
-                return right
-            frame = frame.f_back
-        return _each(right, _off)
+        return right if "glm5_hal.conformance.runner" in sys.modules else _each(right, _off)
 
     return lambda: wrapped(op, run)
 
@@ -158,12 +158,15 @@ def cheats() -> list[Wrong]:
             Wrong(op, "not finished when it returns", unfinished(op)),
             Wrong(op, f"reads past {read}", past_the_end(op, read), "rerun"),
             Wrong(op, "remembers the default inputs", memorised(op), ANY_DRAW, dtypes=FP32, seeds=(0, 1)),
+            Wrong(op, "is the reference", itself(op), "provenance"),
             Wrong(op, "calls the reference", borrowed(op), "provenance"),
             Wrong(op, "calls another backend", handed_on(op), "provenance"),
             Wrong(op, "one workspace for all threads", one_workspace(op), "threads", dtypes=("*",)),
-            Wrong(op, f"works in {read} and restores it", restored(op, read), needs="threads that share inputs"),
-            Wrong(op, "right in the shapes of the smoke level", of_known_shapes(op), "fuzz", needs="fuzz"),
-            Wrong(op, "right where the suite calls it", watching(op), needs="shadow mode"),
+            Wrong(op, f"works in {read} and restores it", restored(op, read), "integrity", dtypes=("*",)),
+            Wrong(
+                op, "right in the shapes of the smoke level", of_known_shapes(op), ANY_DRAW, dtypes=FP32, seeds=(0, 1)
+            ),
+            Wrong(op, "right where the suite is loaded", watching(op), needs="shadow mode"),
         ]
     return found
 
@@ -174,11 +177,11 @@ ANY_DRAW = ("accuracy", "poison", "layout", "batch")
 
 def _default_inputs(op: str) -> Iterator[Mapping[str, Any]]:
     """What the smoke level draws with seed 0."""
-    spec = specs()[op]
-    for sample in (s for s in spec.samples() if s.level == "smoke"):
-        for dtype in sample.dtypes:
-            for stream in ("", " other"):
-                yield spec.inputs(sample, dtype, Draw(0, f"{op}[{dtype}-{sample.id}]{stream}")).args
+    for case in good_cases(op):
+        subject = subject_of(case, 0)
+        yield subject.inputs.args
+        if subject.other is not None:
+            yield subject.other
 
 
 def _tuple(returned: Any) -> tuple[Tensor, ...]:

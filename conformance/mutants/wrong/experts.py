@@ -16,10 +16,6 @@ from glm5_hal.conformance.mutants.wrong.base import FP32, Wrong, bodied
 from glm5_hal.conformance.mutants.wrong.indexer import one_worse, with_duplicates
 
 
-def bias_in_weights(a: Args) -> Any:
-    return honest.route(weigh_by_choice=True)(a)
-
-
 def the_experts() -> list[Wrong]:
     routes = {
         "weights with the bias": honest.route(weigh_by_choice=True),

@@ -46,6 +46,16 @@ def test_an_input_written_only_when_it_is_shared_is_caught() -> None:
     assert what == "failed: with one tensor as x and residual: residual_out shares memory with residual"
 
 
+def test_an_input_that_is_altered_only_when_it_is_shared_is_caught() -> None:
+    def doubles(a: Args) -> Any:
+        if a.x.data_ptr() == a.residual.data_ptr():
+            a.x.mul_(2)
+        return ADD(a)
+
+    what = said("add_rms_norm", doubles, "alias", samples=("tokens",))
+    assert what == "failed: with one tensor as x and residual: changed its input x, residual"
+
+
 def test_arguments_in_one_buffer_are_tensors_of_their_own() -> None:
     how: dict[str, Any] = {"samples": ("heads-interleaved",)}
     assert caught_by("rope", by_storage, **how) == {"alias"}

@@ -15,6 +15,7 @@ from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import Args
 from glm5_hal.conformance.mutants.stand_in import Made, installed
 from glm5_hal.conformance.subject import subject_of
+from glm5_hal.errors import HalError
 
 NORM, DECODE = honest.rms_norm(), honest.decode()
 
@@ -90,3 +91,40 @@ def test_a_padding_token_has_no_slot() -> None:
     twice = next(p for p in batch.parts(trial) if p.what == "tokens twice")
     assert (twice.args["slot_mapping"][19:] == -1).all()
     assert torch.equal(twice.args["slot_mapping"][:19], subject.inputs.args["slot_mapping"])
+
+
+def test_what_a_batch_of_some_size_loses_is_missed() -> None:
+    right = honest.write()
+
+    def forgets(a: Args) -> Any:
+        return None if len(a.kv_c) == 17 else right(a)
+
+    how: dict[str, Any] = {"samples": ("rows-latent_576",)}
+    assert caught_by("mla_cache_write", forgets, **how) == {"batch"}
+    assert said("mla_cache_write", forgets, "batch", **how).startswith("failed: the middle alone: kv_cache: ")
+
+
+def test_the_second_copy_of_a_token_is_judged_too() -> None:
+    def once(a: Args) -> Any:
+        y = honest.rms_norm()(a)
+        seen: set[bytes] = set()
+        for i, row in enumerate(a.x):
+            key = row.contiguous().view(torch.uint8).numpy().tobytes()
+            y[i] *= 0 if key in seen else 1
+            seen.add(key)
+        return y
+
+    how: dict[str, Any] = {"samples": ("tokens",)}
+    assert caught_by("rms_norm", once, **how) == {"batch"}
+    assert said("rms_norm", once, "batch", **how).startswith("failed: tokens twice: ")
+
+
+def test_a_kernel_cannot_refuse_a_batch_that_it_has_accepted() -> None:
+    def refuses(a: Args) -> Any:
+        if len(a.x) == 1:
+            raise HalError("SHAPE", "one token is too few", fix="more")
+        return honest.rms_norm()(a)
+
+    how: dict[str, Any] = {"samples": ("tokens",)}
+    assert caught_by("rms_norm", refuses, **how) == {"batch"}
+    assert said("rms_norm", refuses, "batch", **how) == "failed: raised one token is too few"

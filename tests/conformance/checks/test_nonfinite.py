@@ -60,3 +60,21 @@ def test_a_token_may_spread_it_over_all_of_its_own_result() -> None:
         return torch.where(bad.view(-1, *[1] * (y.dim() - 1)), torch.nan, y)
 
     assert caught_by("rope", spreads, samples=("heads-*",)) == set()
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "what"),
+    [
+        ("mla_cache_write", "kv_c", "kv_cache[3, 4, 128] is the number 0.0: it was lost on its way"),
+        ("moe_permute", "x", "permuted[9, 20] is the number 0.0: it was lost on its way"),
+    ],
+)
+def test_a_nan_is_not_lost_on_its_way_into_a_cache_or_to_an_expert(op: str, name: str, what: str) -> None:
+    right = honest.write() if op == "mla_cache_write" else honest.permute()
+
+    def swallows(a: Args) -> Any:
+        return right(Args(**{**vars(a), name: getattr(a, name).nan_to_num(0.0)}))
+
+    how: dict[str, Any] = {"samples": ("rows-latent_576", "tokens")}
+    assert caught_by(op, swallows, **how) == {"nonfinite"}
+    assert said(op, swallows, "nonfinite", **how).endswith(what)

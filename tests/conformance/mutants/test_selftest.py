@@ -105,7 +105,7 @@ def test_ids_of_wrong_kernels_are_unique() -> None:
 
 
 def test_a_cheat_that_survives_today_names_what_will_find_it() -> None:
-    assert {w.needs for w in wrong.THEMES["cheats"] if w.needs} == {"threads that share inputs", "fuzz", "shadow mode"}
+    assert {w.needs for w in wrong.THEMES["cheats"] if w.needs} == {"shadow mode"}
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
