@@ -5,6 +5,7 @@ Legend: T tokens, E hidden size, H heads, K nope dims, R rope dims, L kv_lora_ra
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +38,15 @@ class Indexer:
     """One layer's lightning indexer.
 
     Attributes:
-        weights: of `indexer_prolog`.
+        weights: of `indexer_prolog`, as the backend likes them.
+        plain: the same as the model has them, for what is computed outside that op. They take no memory of their own.
         heads, eps, scale: its options; ``scale`` is num_heads^-0.5 · D^-0.5.
         layout: "interleaved" for GLM-5, "half" for DeepSeek-V3.2.
         top_k: keys to select.
     """
 
     weights: Prepared
+    plain: Mapping[str, Tensor]
     heads: int
     eps: float
     scale: float
@@ -66,7 +69,7 @@ class Indexer:
 
     def write(self, x: Tensor, at: Pass, layer: int) -> None:
         """Write the keys of ``x [T, E]`` only: nothing is chosen now, but later tokens will choose."""
-        w, rotary = self.weights, 2 * at.cos.shape[-1]
+        w, rotary = self.plain, 2 * at.cos.shape[-1]
         k = functional.linear(x, w["w_k"])
         k = functional.layer_norm(
             k, k.shape[-1:], w["k_norm_weight"].to(k.dtype), w["k_norm_bias"].to(k.dtype), self.eps
@@ -81,7 +84,8 @@ class Attention:
 
     Attributes:
         layer: its index.
-        weights: of `mla_prolog`.
+        weights: of `mla_prolog`, as the backend likes them.
+        plain: the same as the model has them, for full heads. They take no memory of their own.
         w_uv: kv_b_proj's value rows, [H, L, V].
         w_kv_b: kv_b_proj, [H·(K+V), L].
         w_o: o_proj, [E, H·V].
@@ -93,6 +97,7 @@ class Attention:
 
     layer: int
     weights: Prepared
+    plain: Mapping[str, Tensor]
     w_uv: Tensor
     w_kv_b: Tensor
     w_o: Tensor
@@ -146,7 +151,7 @@ class Attention:
 
     def _full_heads(self, x: Tensor, at: Pass) -> tuple[Tensor, Tensor]:
         """[T, H, V] and the query latent, where nothing was cached before: keys and values need no cache to be read."""
-        w, (H, L, V), T, R = self.weights, self.w_uv.shape, x.shape[0], 2 * at.cos.shape[-1]
+        w, (H, L, V), T, R = self.plain, self.w_uv.shape, x.shape[0], 2 * at.cos.shape[-1]
         q_c = ops.rms_norm(functional.linear(x, w["w_q_a"]), w["q_a_norm"], eps=self.eps)
         q = functional.linear(q_c, w["w_q_b"]).view(T, H, -1)
         K = q.shape[-1] - R
@@ -175,17 +180,18 @@ def derive(module: Any, layer: int, *, half: bool, top_k: int, backend: str) -> 
     H, K, V, L = module.num_heads, module.qk_nope_head_dim, module.v_head_dim, module.kv_lora_rank
     w_kv_b = module.kv_b_proj.weight.detach()
     per_head = w_kv_b.view(H, K + V, L)
-    plain = {
-        "w_q_a": module.q_a_proj.weight,
-        "q_a_norm": module.q_a_layernorm.weight,
-        "w_q_b": module.q_b_proj.weight,
-        "w_kv_a": module.kv_a_proj_with_mqa.weight,
-        "kv_a_norm": module.kv_a_layernorm.weight,
-        "w_uk": per_head[:, :K],
-    }
+    plain = _detached(
+        w_q_a=module.q_a_proj.weight,
+        q_a_norm=module.q_a_layernorm.weight,
+        w_q_b=module.q_b_proj.weight,
+        w_kv_a=module.kv_a_proj_with_mqa.weight,
+        kv_a_norm=module.kv_a_layernorm.weight,
+        w_uk=per_head[:, :K],
+    )
     return Attention(
         layer=layer,
-        weights=prepare("mla_prolog", _detached(plain), backend=backend),
+        weights=prepare("mla_prolog", plain, backend=backend),
+        plain=plain,
         w_uv=per_head[:, K:].transpose(1, 2).contiguous(),
         w_kv_b=w_kv_b,
         w_o=module.o_proj.weight.detach(),
@@ -197,15 +203,16 @@ def derive(module: Any, layer: int, *, half: bool, top_k: int, backend: str) -> 
 
 
 def _indexer(module: Any, *, half: bool, backend: str) -> Indexer:
-    plain = {
-        "w_q_b": module.wq_b.weight,
-        "w_k": module.wk.weight,
-        "k_norm_weight": module.k_norm.weight,
-        "k_norm_bias": module.k_norm.bias,
-        "w_weights": module.weights_proj.weight,
-    }
+    plain = _detached(
+        w_q_b=module.wq_b.weight,
+        w_k=module.wk.weight,
+        k_norm_weight=module.k_norm.weight,
+        k_norm_bias=module.k_norm.bias,
+        w_weights=module.weights_proj.weight,
+    )
     return Indexer(
-        weights=prepare("indexer_prolog", _detached(plain), backend=backend),
+        weights=prepare("indexer_prolog", plain, backend=backend),
+        plain=plain,
         heads=module.n_heads,
         eps=module.k_norm.eps,
         scale=module.n_heads**-0.5 * module.softmax_scale,
@@ -214,5 +221,5 @@ def _indexer(module: Any, *, half: bool, backend: str) -> Indexer:
     )
 
 
-def _detached(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _detached(**weights: Tensor) -> dict[str, Tensor]:
     return {name: w.detach() for name, w in weights.items()}

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from glm5_hal.integrations.transformers import memory
 from glm5_hal.integrations.transformers.checks import refuse
+from glm5_hal.integrations.transformers.padding import Padding
 from glm5_hal.integrations.transformers.pages import Pages
 from glm5_hal.integrations.transformers.step import Step, decode_slots, offsets
 from glm5_hal.state import StepPlan
@@ -34,7 +35,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
 
     Attributes:
         seen: columns of the batch that have passed, padding included.
-        latent: each layer's tensors of the latent format, ``[N, P, width]``.
+        latent: each layer's tensors of the latent format, ``[N, P, width]``; none before there is a page.
         index: each layer's index keys, ``[N, P, width]``; None where a layer has no indexer.
         block_table: ``[B, M]`` int32.
     """
@@ -44,14 +45,12 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
 
         super().__init__(layers=[])
         self.layout: memory.Layout = model if isinstance(model, memory.Layout) else applied(model).layout
-        self.latent: list[tuple[Tensor, ...]] = []
-        self.index: list[Tensor | None] = []
+        self.latent: list[tuple[Tensor, ...]] = [()] * len(self.layout.indexed)
+        self.index: list[Tensor | None] = [None] * len(self.layout.indexed)
         self._keep = keep
         self.seen = 0
         self._pages = Pages(self.layout.page_size)
-        self._pads = torch.empty(0)
-        self._pads_host: tuple[int, ...] = ()
-        self._real: Tensor | None = None
+        self._padding = Padding(self.layout.device)
         self._ready = 0
         if batch_size and max_length:
             self.reserve(max_length, batch_size=batch_size)
@@ -70,18 +69,18 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
             HalError: SHAPE for a mask that is not of that shape or for another batch, VALUE where the mask calls
                 tokens padding that were real before or the other way round.
         """
-        if not self._pads_host:
+        if not self.batch_size:
             self._begin(batch)
-        if batch != len(self._pads_host):
+        if batch != self.batch_size:
             refuse(
                 "SHAPE",
-                f"the cache holds {len(self._pads_host)} rows, this pass has {batch}",
+                f"the cache holds {self.batch_size} rows, this pass has {batch}",
                 value=batch,
                 fix="give every batch a cache of its own, or reset() this one",
             )
-        real = self._new_columns(batch, columns, mask)
-        before, end = self.seen - self._pads, self.seen + columns  # [B]: tokens in the cache
-        longest = end - min(self._pads_host)
+        real = self._padding.new(self.seen, columns, mask)
+        before, held = self.seen - self._padding.counts, self._padding.tokens(self.seen)  # in the cache, [B]
+        end, longest = self.seen + columns, max(held) + columns
         compiling = torch.compiler.is_compiling()
         counts = [columns] * batch if real is None else real.sum(1).tolist()
         if end > self._ready:
@@ -103,11 +102,11 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
             positions = (before[:, None] + real.cumsum(1) - 1).masked_fill(~real, 0)
             taken = real.sum(1)
             seq_lens, cu = (before + taken).int(), offsets(taken)
-            longest = max(self.seen - p + n for p, n in zip(self._pads_host, counts, strict=True))
+            longest = max(n + k for n, k in zip(held, counts, strict=True))
         slots = decode_slots(self.block_table.long(), positions, self.layout.page_size)
         plan = None
         if not compiling:
-            host = [self.seen - p + n for p, n in zip(self._pads_host, counts, strict=True)]
+            host = [n + k for n, k in zip(held, counts, strict=True)]
             ends = [sum(counts[:r]) for r in range(batch + 1)]
             plan = StepPlan.build(seq_lens, cu, host_seq_lens=host, host_cu_seqlens_q=ends)
         return Step(
@@ -126,23 +125,32 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
     def advance(self, step: Step) -> None:
         """Count a pass that has run: its tokens are in the cache now."""
         if step.real is not None:
-            self._real = torch.cat([self.mask, step.real], 1)
-            self._pads = self._pads + step.columns - step.real.sum(1)
-            self._pads_host = tuple(self._pads.tolist())
+            self._padding.extend(self.seen, step.real)
         self.seen = self.seen + step.columns
 
     def reserve(self, max_length: int, *, batch_size: int = 0) -> None:
-        """Room for ``max_length`` columns of every row, so that no later pass changes a tensor's shape until then."""
-        if not self._pads_host:
-            self._begin(batch_size)
-        if batch_size not in (0, len(self._pads_host)):
+        """Room for ``max_length`` columns of every row, so that no later pass changes a tensor's shape until then.
+
+        Raises:
+            HalError: SHAPE for another number of rows than the cache holds, or where it holds none and none is given.
+        """
+        if not (batch_size or self.batch_size):
             refuse(
                 "SHAPE",
-                f"the cache holds {len(self._pads_host)} rows, not {batch_size}",
+                "the cache holds no rows yet, so there is no telling how much to reserve",
+                value=batch_size,
+                fix=f"say how many there will be: reserve({max_length}, batch_size=...)",
+            )
+        if not self.batch_size:
+            self._begin(batch_size)
+        if batch_size not in (0, self.batch_size):
+            refuse(
+                "SHAPE",
+                f"the cache holds {self.batch_size} rows, not {batch_size}",
                 value=batch_size,
                 fix="reset() it, or leave batch_size out",
             )
-        self._claim([max_length - self.seen + p for p in self._pads_host])
+        self._claim([max_length - n for n in self._padding.tokens(self.seen)])
         self._ready = max_length
 
     # --- transformers' interface -------------------------------------------------------------------------------------
@@ -176,7 +184,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
         """Forget every token. The memory is kept."""
         self.seen, self._ready = 0, 0
         self._pages = Pages(self.layout.page_size)
-        self._pads_host, self._real = (), None
+        self._padding = Padding(self.layout.device)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns (transformers counts them negatively)."""
@@ -188,16 +196,14 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
                 fix="cache.crop(-n) removes n",
             )
         kept = max(self.seen + tokens_to_remove, 0)
-        if self._real is not None and self._real.shape[1] > kept:
-            self._pads = self._pads - (~self._real[:, kept:]).sum(1)
-            self._pads_host, self._real = tuple(self._pads.tolist()), self._real[:, :kept]
+        self._padding.crop(kept)
         self.seen = kept
         if self._pages.shared:  # it may reach back into a page that another row reads
             self._ready = 0
 
     def crop_rows(self, lengths: Tensor) -> None:
         """Keep each row's first ``lengths [B]`` tokens. Its columns are then those of a batch padded on the left."""
-        kept, held = lengths.tolist(), [self.seen - p for p in self._pads_host]
+        kept, held = lengths.tolist(), self._padding.tokens(self.seen)
         if len(kept) != len(held) or not all(0 <= n <= h for n, h in zip(kept, held, strict=True)):
             refuse(
                 "VALUE",
@@ -206,10 +212,7 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
                 fix="give every row a length between 0 and what it holds",
             )
         self.seen = max(kept, default=0)
-        self._pads, self._pads_host = self.seen - lengths.to(self.layout.device), tuple(self.seen - n for n in kept)
-        self._real = (
-            torch.arange(self.seen, device=self._pads.device) >= self._pads[:, None] if any(self._pads_host) else None
-        )
+        self._padding.left(kept)
         if self._pages.shared:  # as in crop
             self._ready = 0
 
@@ -228,17 +231,15 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
     @property
     def mask(self) -> Tensor:
         """[B, seen]: which columns so far hold a real token."""
-        known = 0 if self._real is None else self._real.shape[1]
-        later = torch.ones(self.batch_size, self.seen - known, dtype=torch.bool, device=self.layout.device)
-        return later if self._real is None else torch.cat([self._real, later], 1)
+        return self._padding.mask(self.seen)
 
     @property
     def batch_size(self) -> int:
-        return len(self._pads_host)
+        return len(self._padding.rows)
 
     @property
     def is_initialized(self) -> bool:
-        return bool(self.latent)
+        return any(self.latent)
 
     @property
     def is_croppable(self) -> bool:
@@ -249,83 +250,40 @@ class PagedCache(Cache):  # type: ignore[misc] # transformers has no types
         """No: that word makes `generate` build 4D masks. `torch.compile` of a model with this cache works."""
         return False
 
-    # --- padding and pages -------------------------------------------------------------------------------------------
+    # --- rows and pages ----------------------------------------------------------------------------------------------
 
     def _begin(self, batch: int) -> None:
-        self._pads_host = (0,) * batch
+        self._ready = 0
+        self._padding.begin(batch)
         self._pages.tables = [[] for _ in range(batch)]
-        with torch.inference_mode(False):
-            self._pads = torch.zeros(batch, dtype=torch.int64, device=self.layout.device)
-        self._table()
-
-    def _new_columns(self, batch: int, columns: int, mask: Tensor | None) -> Tensor | None:
-        """[B, S]: which new columns are real; None if all are."""
-        if mask is None:
-            if self._real is not None:
-                refuse(
-                    "VALUE",
-                    "this pass has no attention_mask, but earlier ones had padding",
-                    fix="pass the whole mask, [batch, all columns so far and the new ones]",
-                )
-            return None
-        wanted = (batch, self.seen + columns)
-        if tuple(mask.shape) != wanted:
-            refuse(
-                "SHAPE",
-                f"attention_mask has shape {tuple(mask.shape)}, here it must be {wanted}: rows, columns so far and new",
-                value=tuple(mask.shape),
-                fix="pass the 2D mask of real tokens; masks of other forms (4D, blocks) are not supported",
-            )
-        mask = mask.to(device=self.layout.device, dtype=torch.bool)
-        if torch.compiler.is_compiling():  # no host to look: compiled passes have no new padding, and say so if they do
-            known = 0 if self._real is None else self._real.shape[1]
-            torch._assert_async(mask[:, known:].all(), "compiled passes take no new padding")
-            return None
-        if not torch.equal(mask[:, : self.seen], self.mask):
-            refuse(
-                "VALUE",
-                "attention_mask calls tokens of earlier passes padding that were real then, or the other way round",
-                fix="keep the mask of earlier columns as it was; to hide tokens, start a new cache",
-            )
-        real = mask[:, self.seen :]
-        return None if bool(real.all()) else real
+        self.block_table = self._table(self._pages.tables)
 
     def _claim(self, new: Sequence[int]) -> None:
-        """Pages for ``new[r]`` more tokens of each row."""
-        lengths = [self.seen - p for p in self._pads_host]
-        copies, changed = self._pages.claim(lengths, [n + k for n, k in zip(lengths, new, strict=True)])
-        self._grow(self._pages.count)
-        if copies:
-            source, target = (torch.tensor(pages, device=self.layout.device) for pages in zip(*copies, strict=True))
+        """Pages for ``new[r]`` more tokens of each row. The rows own them last: until then memory may run out."""
+        lengths = self._padding.tokens(self.seen)
+        claim = self._pages.claim(lengths, [n + k for n, k in zip(lengths, new, strict=True)])
+        if not claim.taken:
+            return
+        memory.grow(self.layout, self.latent, self.index, claim.pool, keep=self._keep)
+        if claim.copies:
+            source, target = (torch.tensor(p, device=self.layout.device) for p in zip(*claim.copies, strict=True))
             for tensor in memory.tensors(self.latent, self.index):
                 tensor[target] = tensor[source]
-        if changed:
-            self._table()
+        self.block_table = self._table(claim.tables)
+        self._pages.commit(claim)
 
-    def _table(self) -> None:
+    def _table(self, tables: Sequence[Sequence[int]]) -> Tensor:
         """The block table as a tensor. Its width is a power of two: calls of a new shape are resolved anew."""
-        width = 1 << (max(map(len, self._pages.tables), default=1) - 1).bit_length()
-        rows = [[*table, *[0] * (width - len(table))] for table in self._pages.tables]
+        width = 1 << (max(map(len, tables), default=1) - 1).bit_length()
+        rows = [[*table, *[0] * (width - len(table))] for table in tables]
         with torch.inference_mode(False):
-            self.block_table = torch.tensor(rows, dtype=torch.int32, device=self.layout.device)
-
-    def _grow(self, pages: int) -> None:
-        held = self.latent[0][0].shape[0] if self.latent else 0
-        if pages <= held:
-            return
-        before = self.latent, self.index
-        with torch.inference_mode(False):  # whatever mode this pass runs in, a later one must be able to write
-            self.latent, self.index = memory.allocated(self.layout, max(pages, 2 * held), self._keep)
-        for new, old in zip(memory.tensors(self.latent, self.index), memory.tensors(*before), strict=False):
-            new[:held] = old
+            return torch.tensor(rows, dtype=torch.int32, device=self.layout.device)
 
     def _take(self, rows: Tensor) -> None:
         if not self.batch_size:
             return
-        chosen, rows = rows.tolist(), rows.to(self.layout.device)
-        self._pads_host = tuple(self._pads_host[r] for r in chosen)
-        self._pages.take(chosen, [self.seen - p for p in self._pads_host])
-        self._pads = self._pads.index_select(0, rows)
-        self._real = None if self._real is None else self._real.index_select(0, rows)
+        chosen = rows.tolist()
+        self._padding.take(chosen)
+        self._pages.take(chosen, self._padding.tokens(self.seen))
         self._ready = 0
-        self._table()
+        self.block_table = self._table(self._pages.tables)

@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from glm5_hal.errors import HalError
 from glm5_hal.integrations.transformers import rope
 
-#: The modules of a layer whose weights are read from a plain nn.Linear.
-LINEARS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+#: The modules of a layer of which nothing but the weight is read: they must be plain linear layers without a bias.
+LINEARS = (
+    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
+    "wq_b", "wk", "weights_proj",
+    "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
+
+#: Where the classes of a layer's modules are from, beside the model's own file. An adapter is from elsewhere.
+LIBRARIES = ("torch.nn.modules.", "transformers.activations")
 
 
 def refuse(code: str, what: str, *, value: object = None, fix: str) -> NoReturn:
@@ -31,11 +38,8 @@ def supported(decoder: Any) -> None:
     if config.hidden_act != "silu":
         _no(f"hidden_act={config.hidden_act!r}", "the gated activation is silu")
     rope.check(decoder.rotary_emb)
-    for name, module in decoder.layers.named_modules():
-        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
-            _foreign(name, module)
-        if name.rpartition(".")[2] in LINEARS and type(module) is not nn.Linear:
-            _foreign(name, module)
+    for part in ("layers", "norm"):
+        plain(part, getattr(decoder, part), like=decoder)
     for i, layer in enumerate(decoder.layers):
         latents = {getattr(layer.self_attn, n).variance_epsilon for n in ("q_a_layernorm", "kv_a_layernorm")}
         if len(latents) > 1:
@@ -51,6 +55,18 @@ def supported(decoder: Any) -> None:
     for name, parameter in decoder.named_parameters():
         if type(parameter.data) is not Tensor or not parameter.is_floating_point():
             _foreign(name, parameter.data)
+
+
+def plain(name: str, root: nn.Module, *, like: nn.Module) -> None:
+    """Whether all modules of a part are the model's own: of others (adapters, quantised layers) the weights would be
+    read and the rest dropped. Raises HalError if not. ``like`` is the decoder whose kind they are."""
+    own = (*LIBRARIES, type(like).__module__)
+    for path, module in root.named_modules(prefix=name):
+        linear = path.rpartition(".")[2] in LINEARS
+        if not type(module).__module__.startswith(own) or (linear and type(module) is not nn.Linear):
+            _foreign(path, module)
+        if linear and module.bias is not None:
+            _no(f"{path} has a bias", "the operators' projections have none")
 
 
 def can_run(decoder: Any, kwargs: dict[str, Any]) -> None:

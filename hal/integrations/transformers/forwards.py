@@ -140,15 +140,17 @@ def norm(self: Any, x: Tensor) -> Tensor:
 
 def prepare_cache(self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
     """In place of a causal model's `_prepare_cache_for_generation`: `generate` gets a PagedCache where it makes one."""
+    on_operators = "_glm5_hal" in self.model.__dict__  # `remove` may have been called on the decoder alone
     kind = generation_config.cache_implementation
-    if kind not in (None, "dynamic"):
+    if on_operators and kind not in (None, "dynamic"):
         refuse(
             "CONFIG",
             f"cache_implementation={kind!r}: the operators write a PagedCache",
             value=kind,
             fix="leave it out; PagedCache(model, batch_size=..., max_length=...) reserves room",
         )
-    if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+    fresh = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
+    if on_operators and fresh:
         model_kwargs["past_key_values"] = PagedCache(self)
         return
     type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)

@@ -34,16 +34,36 @@ class Layout:
     device: torch.device
 
 
-def allocated(layout: Layout, pages: int, keep: bool) -> tuple[list[tuple[Tensor, ...]], list[Tensor | None]]:
-    """Each layer's tensors; the same ones for all layers if nothing is to be kept."""
+def grow(
+    layout: Layout, latent: list[tuple[Tensor, ...]], index: list[Tensor | None], pages: int, *, keep: bool
+) -> None:
+    """Room for ``pages`` in the lists of each layer's tensors, in place; one layer's serve all if nothing is kept.
 
-    def made(fmt: CacheFormat, *dims: int) -> tuple[Tensor, ...]:
-        return fmt.allocate(pages, layout.page_size, *dims, dtype=layout.dtype, device=layout.device)
+    One layer after the other, so that no two are held twice at a time. Wherever memory runs out, each layer still holds
+    what it did, and a later call goes on from there.
+    """
+    layers = len(layout.indexed)
+    with torch.inference_mode(False):  # whatever mode this pass runs in, a later one must be able to write
+        for i in range(layers if keep else 1):
+            latent[i] = _larger(layout, pages, layout.latent, layout.latent_dims, latent[i])
+            if layout.indexed[i] or not keep:
+                held = index[i]
+                index[i] = _larger(layout, pages, layout.index, (layout.index_dim,), () if held is None else (held,))[0]
+    if not keep:
+        latent[:], index[:] = latent[:1] * layers, index[:1] * layers
 
-    layers = len(layout.indexed) if keep else 1
-    latent = [made(layout.latent, *layout.latent_dims) for _ in range(layers)]
-    index = [made(layout.index, layout.index_dim)[0] if has or not keep else None for has in layout.indexed[:layers]]
-    return (latent, index) if keep else (latent * len(layout.indexed), index * len(layout.indexed))
+
+def _larger(
+    layout: Layout, pages: int, fmt: CacheFormat, dims: tuple[int, ...], held: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Tensors with room for ``pages`` and what is held so far: the same ones, or twice as large at least."""
+    before = held[0].shape[0] if held else 0
+    if pages <= before:
+        return held
+    made = fmt.allocate(max(pages, 2 * before), layout.page_size, *dims, dtype=layout.dtype, device=layout.device)
+    for new, old in zip(made, held, strict=False):
+        new[:before] = old
+    return made
 
 
 def tensors(latent: Sequence[tuple[Tensor, ...]], index: Sequence[Tensor | None]) -> list[Tensor]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek_v32
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm_moe_dsa
 
@@ -17,6 +16,7 @@ from glm5_hal import policy as policies
 from glm5_hal.errors import HalError
 from glm5_hal.integrations.transformers import attention, checks, experts, forwards
 from glm5_hal.integrations.transformers.memory import Layout
+from glm5_hal.integrations.transformers.sources import Source, check_unchanged, sources
 from glm5_hal.state import CacheFormat, cache_format, preferred_formats
 
 #: Decoders by class, and whether the rope of their indexer pairs dims (i, i + R/2).
@@ -24,9 +24,6 @@ DECODERS = {glm_moe_dsa.GlmMoeDsaModel: False, deepseek_v32.DeepseekV32Model: Tr
 
 #: Where an applied decoder keeps what `Applied` says, and a module what its forward needs.
 KEY = "_glm5_hal"
-
-#: A parameter that weights were derived from: its name, itself, its state then.
-Source = tuple[str, Tensor, tuple[Any, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +33,7 @@ class Applied:
     Attributes:
         layout: of its caches.
         policies: text by layer, where a layer has a policy of its own.
-        sources: every parameter that weights were derived from, with its state then.
+        sources: everything that weights were derived from.
     """
 
     layout: Layout
@@ -44,7 +41,7 @@ class Applied:
     sources: tuple[Source, ...]
 
     def check_sources(self) -> None:
-        """Raises HalError where a parameter was written, moved or converted since."""
+        """Raises HalError where a weight was written, moved, converted or replaced since."""
         check_unchanged(self.sources, again="apply(model)")
 
 
@@ -59,7 +56,8 @@ def apply(
     """Let a transformers GLM-5 or DeepSeek-V3.2 model run through the operators, in place. Returns it.
 
     Weights for the absorbed form, joined gate and up projections and the router in float32 are made now, once. They
-    take about as much memory as kv_b_proj, the shared experts and the dense MLPs. Call it again after changing weights.
+    take about as much memory as kv_b_proj, the shared experts and the dense MLPs. Call it again after changing weights:
+    a pass that finds them changed is refused, a compiled one does not look.
 
     Args:
         model: a GlmMoeDsa or DeepseekV32 model, causal or bare, on one device, in one floating dtype.
@@ -71,11 +69,25 @@ def apply(
     Raises:
         HalError: TYPE for another model or for quantised, adapted or sharded layers, CONFIG for an option that the
             operators do not have, DEVICE for a model on several devices, POLICY or UNKNOWN for a bad policy or format.
+            Whatever is raised, the model is transformers' own then.
     """
     decoder = decoder_of(model)
     remove(model)
+    try:
+        _apply(decoder, policies or {}, latent_format, index_format, page_size)
+    except BaseException:  # half a model on the operators is none
+        remove(model)
+        raise
+    if model is not decoder:
+        model.__dict__["_prepare_cache_for_generation"] = MethodType(forwards.prepare_cache, model)
+    return model
+
+
+def _apply(
+    decoder: Any, policies: Mapping[int, str], latent_format: str | None, index_format: str | None, page_size: int
+) -> None:
     checks.supported(decoder)
-    texts = _policies(policies or {}, len(decoder.layers))
+    texts = _policies(policies, len(decoder.layers))
     first = decoder.layers[0].self_attn
     latent_dims, index_dim = (first.kv_lora_rank, first.qk_rope_head_dim), decoder.config.index_head_dim
     backend = _backend(decoder)
@@ -94,10 +106,7 @@ def apply(
             with context.use(texts.get(i)):
                 install(layer, i, decoder)
     _set(decoder.norm, forwards.norm, decoder.norm.variance_epsilon)
-    _set(decoder, forwards.decoder, Applied(layout, texts, tuple(sources(decoder.layers, "layers"))))
-    if model is not decoder:
-        model.__dict__["_prepare_cache_for_generation"] = MethodType(forwards.prepare_cache, model)
-    return model
+    _set(decoder, forwards.decoder, Applied(layout, texts, tuple(sources("layers", decoder.layers))))
 
 
 def remove(model: Any) -> Any:
@@ -181,27 +190,3 @@ def _policies(texts: Mapping[int, str], layers: int) -> dict[int, str]:
             raise HalError("POLICY", f"no layer {i}; the model has {layers}", value=i, fix="count from 0")
         context.validate(policies.parse(text, f"apply, layer {i}"))
     return dict(texts)
-
-
-def sources(layers: nn.Module, name: str) -> Iterator[Source]:
-    """Everything but the norms of layers, which are read where they are."""
-    for path, tensor in [*layers.named_parameters(), *layers.named_buffers()]:
-        if "layernorm" not in path or "_a_layernorm" in path:
-            yield f"{name}.{path}", tensor, _state(tensor)
-
-
-def check_unchanged(sources: Iterable[Source], *, again: str) -> None:
-    """Raises HalError where a parameter was written, moved or converted since; ``again`` derives weights anew."""
-    for name, parameter, before in sources:
-        if _state(parameter) != before:
-            raise HalError(
-                "CONTRACT",
-                f"{name} has changed since {again}, which derived other weights from it",
-                value=name,
-                fix=f"call {again} again after loading, moving or converting weights",
-            )
-
-
-def _state(tensor: Tensor) -> tuple[Any, ...]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, tensor.data_ptr(), tensor.dtype, tensor.device

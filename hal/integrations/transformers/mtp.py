@@ -28,6 +28,7 @@ from torch.nn import functional
 from glm5_hal import ops
 from glm5_hal.integrations.transformers import checks, forwards, models
 from glm5_hal.integrations.transformers.cache import PagedCache
+from glm5_hal.integrations.transformers.sources import check_unchanged, sources
 from glm5_hal.integrations.transformers.step import Step, active
 
 
@@ -101,8 +102,10 @@ class Mtp(nn.Module):
 
     def derive(self) -> None:
         """Make the weights that the operators take. Call it again after changing the layer's own."""
-        models.install(self.layer, 0, models.decoder_of(self.model))
-        self._sources = tuple(models.sources(self.layer, "layer"))
+        decoder = models.decoder_of(self.model)
+        checks.plain("layer", self.layer, like=decoder)
+        models.install(self.layer, 0, decoder)
+        self._sources = tuple(sources("layer", self.layer))
 
     def cache(self) -> PagedCache:
         """An empty cache of the draft layer's latents and index keys."""
@@ -137,7 +140,7 @@ class Mtp(nn.Module):
         Raises:
             HalError: CONTRACT where weights changed since `derive`; what `PagedCache.step` raises.
         """
-        models.check_unchanged(self._sources, again="mtp.derive()")
+        check_unchanged(self._sources, again="mtp.derive()")
         (B, S), decoder = ids.shape, models.decoder_of(self.model)
         embedded = ops.rms_norm(decoder.embed_tokens(ids), self.enorm.weight, eps=self.enorm.variance_epsilon)
         x = torch.cat([embedded, ops.rms_norm(hidden, self.hnorm.weight, eps=self.hnorm.variance_epsilon)], -1)

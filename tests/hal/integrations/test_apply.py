@@ -11,12 +11,14 @@ import pytest
 import torch
 from small import GLM, KINDS, SIZES, VOCAB, YARN, model, tokens
 from torch import nn
+from toys import installed, stand_in
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import glm5_hal
 from glm5_hal import observe
+from glm5_hal.backends import cpu
 from glm5_hal.errors import HalError
-from glm5_hal.integrations.transformers import PagedCache, apply, remove
+from glm5_hal.integrations.transformers import PagedCache, apply, experts, remove
 
 COLUMNS = 24
 
@@ -164,6 +166,45 @@ def test_shared_layers_have_no_index_cache() -> None:
     assert [tensor is not None for tensor in cache.index] == [True, False, False, True]
 
 
+# What goes wrong on the way
+
+
+def test_an_apply_that_fails_leaves_transformers_own_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, again = model("glm"), apply(model("glm"))
+    expected, made = run(small).logits, experts.experts
+    modules = {n: set(m.__dict__) for n, m in small.named_modules()}
+
+    def full(module: Any, backend: str) -> Any:
+        if module is small.model.layers[2].mlp.experts or module is again.model.layers[2].mlp.experts:
+            raise torch.OutOfMemoryError("no room for layer 2")
+        return made(module, backend)
+
+    monkeypatch.setattr(experts, "experts", full)
+    for one in (small, again):
+        with pytest.raises(torch.OutOfMemoryError):
+            apply(one)
+        assert {n: set(m.__dict__) for n, m in one.named_modules()} == modules
+        assert torch.equal(run(one).logits, expected)
+
+
+def test_a_policy_that_cannot_serve_its_layer_leaves_transformers_own_model() -> None:
+    small = model("glm")
+    expected = run(small).logits
+    formats = cpu.glm5_backend().cache_formats
+    with installed(stand_in("cpu", cpu.kernels, builtin=True, cache_formats=formats), stand_in("bare")):
+        assert refused(apply, small, policies={1: "bare"}).code == "NO_KERNEL"
+    assert torch.equal(run(small).logits, expected)
+
+
+def test_remove_from_the_decoder_alone_gives_generate_back_too() -> None:
+    small, ids = model("glm"), tokens(2, COLUMNS)
+    expected = small.generate(ids, max_new_tokens=8, do_sample=False)
+    apply(small)
+    remove(small.model)
+    assert torch.equal(small.generate(ids, max_new_tokens=8, do_sample=False), expected)
+    small.generate(tokens(1, 4), max_new_tokens=2, cache_implementation="static")
+
+
 # What it cannot do
 
 
@@ -246,7 +287,7 @@ def test_a_model_on_meta_is_refused() -> None:
     assert refused(apply, model("glm").to("meta")).code == "DEVICE"
 
 
-@pytest.mark.parametrize("change", ["written", "converted", "loaded"])
+@pytest.mark.parametrize("change", ["written", "converted", "loaded", "assigned", "set", "replaced"])
 def test_weights_that_changed_since_apply_are_noticed(change: str) -> None:
     small = apply(model("glm"))
     run(small)
@@ -255,8 +296,14 @@ def test_weights_that_changed_since_apply_are_noticed(change: str) -> None:
             small.model.layers[1].self_attn.kv_b_proj.weight.mul_(2)
     elif change == "converted":
         small.double()
+    elif change == "set":
+        small.model.layers[1].self_attn.kv_b_proj.weight = (
+            model("glm", seed=1).model.layers[1].self_attn.kv_b_proj.weight
+        )
+    elif change == "replaced":
+        small.model.layers[0].mlp.up_proj = copy.deepcopy(model("glm", seed=1).model.layers[0].mlp.up_proj)
     else:
-        small.load_state_dict(model("glm", seed=1).state_dict())
+        small.load_state_dict(model("glm", seed=1).state_dict(), assign=change == "assigned")
     assert refused(run, small).code == "CONTRACT"
     expected = run(remove(small)).logits
     torch.testing.assert_close(run(apply(small)).logits, expected, atol=1e-4, rtol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -90,6 +91,25 @@ def test_after_reset_it_takes_another_batch(small: Any) -> None:
     cache.reset()
     assert cache.get_seq_length() == 0
     assert torch.equal(run(small, cache), expected)
+
+
+def test_room_is_reserved_for_rows_that_are_known(small: Any) -> None:
+    """Else the next pass would find no pages of its own, and its rows share the first."""
+    cache = PagedCache(small)
+    assert refused(cache.reserve, 64) == "SHAPE"
+    expected = run(small, cache)
+    assert torch.equal(run(small, PagedCache(small, batch_size=2, max_length=40)), expected)
+    cache.reset()
+    assert refused(cache.reserve, 64) == "SHAPE"
+    assert torch.equal(run(small, cache), expected)
+    assert [len(set(table)) for table in cache.block_table[:, :3].tolist()] == [3, 3]
+
+
+def test_room_that_was_reserved_for_other_rows_is_none(small: Any) -> None:
+    cache = PagedCache(small, batch_size=2, max_length=64)
+    cache.batch_select_indices(torch.tensor([], dtype=torch.int64))
+    expected = run(small, PagedCache(small), batch=3)
+    assert torch.equal(run(small, cache, batch=3), expected)
 
 
 def test_a_pass_that_fails_has_not_happened(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +214,37 @@ def test_a_crop_to_equal_lengths_needs_no_mask_and_gives_back_columns(small: Any
     cache.crop_rows(torch.tensor([4, 4]))
     assert cache.get_seq_length() == 4
     run(small, cache, columns=1)
+
+
+@pytest.mark.parametrize("how", ["crop", "crop_rows", "select", "reorder"])
+def test_without_padding_left_no_mask_is_needed(small: Any, how: str) -> None:
+    mask = torch.ones(3, COLUMNS)
+    mask[0, 15:] = 0
+    cache = PagedCache(small)
+    run(small, cache, batch=3, attention_mask=mask)
+    if how == "crop":
+        cache.crop(15 - COLUMNS)
+    elif how == "crop_rows":
+        cache.crop_rows(torch.tensor([15, 15, 15]))
+    elif how == "select":
+        cache.batch_select_indices(torch.tensor([False, True, True]))
+    else:
+        cache.reorder_cache(torch.tensor([2, 1, 2]))
+    batch, seen = cache.batch_size, cache.get_seq_length()
+    assert cache.mask.all()
+    found = run(small, copy.deepcopy(cache), columns=1, batch=batch)
+    whole = torch.ones(batch, seen + 1)
+    assert torch.equal(run(small, cache, columns=1, batch=batch, attention_mask=whole), found)
+
+
+def test_a_crop_that_leaves_padding_still_needs_the_mask(small: Any) -> None:
+    mask = torch.ones(2, COLUMNS)
+    mask[0, 10:15] = 0
+    cache = PagedCache(small)
+    run(small, cache, attention_mask=mask)
+    cache.crop(12 - COLUMNS)
+    assert refused(run, small, cache, columns=1) == "VALUE"
+    run(small, cache, columns=1, attention_mask=torch.cat([mask[:, :12], torch.ones(2, 1)], 1))
 
 
 def test_a_row_cannot_be_cropped_to_more_than_it_holds(small: Any) -> None:

@@ -67,6 +67,19 @@ def test_compiled_code_refuses_new_padding() -> None:
             step(tokens(2, 1), past_key_values=cache, attention_mask=mask)
 
 
+@pytest.mark.parametrize("column", [0, 12], ids=["padding made real", "real made padding"])
+def test_compiled_code_refuses_a_mask_that_changed(column: int) -> None:
+    small = apply(model("glm"))
+    step = torch.compile(small, fullgraph=True, backend="aot_eager")
+    cache = PagedCache(small, batch_size=2, max_length=40)
+    mask = MASK[:, :PROMPT].clone()
+    with torch.no_grad():
+        small(tokens(2, PROMPT), past_key_values=cache, attention_mask=mask)
+        mask[0, column] = 1 - mask[0, column]
+        with pytest.raises(RuntimeError, match="changed in earlier columns"):
+            step(tokens(2, 1), past_key_values=cache, attention_mask=torch.cat([mask, mask.new_ones(2, 1)], 1))
+
+
 def test_layers_with_a_policy_of_their_own_are_not_compiled() -> None:
     small = apply(model("glm"), policies={1: "cpu:reference"})
     step = torch.compile(small, fullgraph=True, backend="aot_eager")

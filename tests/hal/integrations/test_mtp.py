@@ -343,11 +343,15 @@ def test_it_needs_the_model_on_the_operators_with_its_head() -> None:
     assert refused(Mtp, apply(model("glm")).model) == "TYPE"
 
 
-def test_weights_that_changed_since_they_were_derived_are_noticed() -> None:
+@pytest.mark.parametrize("change", ["written", "assigned"])
+def test_weights_that_changed_since_they_were_derived_are_noticed(change: str) -> None:
     small, mtp = made("glm")
-    new = prompt(small)
-    with torch.no_grad():
-        mtp.layer.self_attn.kv_b_proj.weight.mul_(2)
+    new, kv_b = prompt(small), mtp.layer.self_attn.kv_b_proj
+    if change == "written":
+        with torch.no_grad():
+            kv_b.weight.mul_(2)
+    else:
+        kv_b.load_state_dict({"weight": 2 * kv_b.weight}, assign=True)
     assert refused(mtp, new.ids, new.hidden, cache=mtp.cache()) == "CONTRACT"
     mtp.derive()
     with torch.no_grad():
