@@ -61,7 +61,7 @@ def test_it_loads_a_local_checkpoint(tmp_path: Path) -> None:
     assert re.search(r"^[a-e]( [a-e]){3}$", text, re.MULTILINE)
 
 
-PLANTED = '''
+PLANTED = """
 from dataclasses import replace
 from functools import wraps
 from glm5_hal import Backend, Device, hookimpl
@@ -81,7 +81,7 @@ def kernels():
 @hookimpl
 def glm5_backend():
     return Backend("planted", "cpu", lambda: Device("cpu", "planted", "x", evidence="simulated"), kernels)
-'''
+"""
 
 
 def installed(folder: Path) -> None:
