@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from glm5_hal.conformance import compare
+from glm5_hal.conformance.calibrated import calibrated
+from glm5_hal.conformance.rounding import unit_roundoff
 from glm5_hal.conformance.trial import Finding
 from glm5_hal.errors import HalError, suggest
 from glm5_hal.ops._common import batches, caches
@@ -62,12 +64,12 @@ def judge(relation: Relation, ops: Any, args: Mapping[str, Any]) -> Finding:
     for name, (one, other) in relation.sides(ops, dict(args)).items():
         a, b = one.cpu(), other.cpu()
         if a.is_floating_point():
-            unit = compare.unit_roundoff(str(a.dtype)[6:])
+            unit = unit_roundoff(str(a.dtype)[6:])
             if name == "lse":
                 found = compare.absolute(a, b.double(), b, unit=unit, floor=LSE)
             else:
                 wide = b.double()
-                found = compare.calibrated(a, wide, b.to(a.dtype), unit=unit, floor=ROUNDINGS * unit + SUMS)
+                found = calibrated(a, wide, b.to(a.dtype), unit=unit, floor=ROUNDINGS * unit + SUMS)
         else:
             found = compare.bit_exact(a, b)
         errors |= {f"{name}.{k}": v for k, v in found.errors.items()}

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from glm5_hal.conformance import compare, selecting
+from glm5_hal.conformance.calibrated import calibrated
 from glm5_hal.conformance.compare import Judgement
 from glm5_hal.conformance.oracle import Run
+from glm5_hal.conformance.rounding import unit_roundoff
 from glm5_hal.conformance.trial import Finding, Trial
 from glm5_hal.ops._common import caches
 from glm5_hal.spec import (
@@ -97,11 +99,11 @@ def _judge_one(trial: Trial, run: Run, name: str, rule: Accuracy) -> Judgement:
         y = rule.expected(args, tuple(run.outs.values()))
         b = y.to(x.dtype)
         floor = _floor(trial, rule.depth, None, _name(x))
-        return compare.calibrated(x, y, b, unit=compare.unit_roundoff(_name(x)), floor=floor)
+        return calibrated(x, y, b, unit=unit_roundoff(_name(x)), floor=floor)
     floor = _floor(trial, rule.depth, rule.amplify, _name(b))
     if isinstance(rule, AbsoluteError):
-        return compare.absolute(x, y, b, unit=compare.unit_roundoff(_name(b)), floor=floor)
-    return compare.calibrated(x, y, b, unit=compare.unit_roundoff(_name(b)), floor=floor, row_dims=rule.row_dims)
+        return compare.absolute(x, y, b, unit=unit_roundoff(_name(b)), floor=floor)
+    return calibrated(x, y, b, unit=unit_roundoff(_name(b)), floor=floor, row_dims=rule.row_dims)
 
 
 def _exact_fill(x: torch.Tensor, y: torch.Tensor, rounded: torch.Tensor) -> Judgement:
@@ -141,7 +143,7 @@ def _cache_contents(trial: Trial, run: Run, name: str, rule: CacheContents) -> J
     )
     stored = "bfloat16" if fmt.group else _name(args[name])
     floor = _floor(trial, rule.depth, None, stored) + (caches.flip_floor(fmt, y.shape[-1]) if fmt.group else 0.0)
-    return compare.calibrated(x, y, b, unit=compare.unit_roundoff(stored), floor=floor)
+    return calibrated(x, y, b, unit=unit_roundoff(stored), floor=floor)
 
 
 def _rows(fmt: str, tensors: Mapping[str, torch.Tensor], slots: torch.Tensor, args: Mapping[str, Any]) -> torch.Tensor:

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glm5_hal.conformance import compare
-from glm5_hal.conformance.compare import Judgement, absolute, bit_exact, calibrated, mistrusted
+from glm5_hal.conformance import rounding
+from glm5_hal.conformance.calibrated import calibrated
+from glm5_hal.conformance.compare import Judgement, absolute, bit_exact, mistrusted
 from glm5_hal.conformance.inputs import Draw
+from glm5_hal.conformance.rounding import unit_roundoff
 from glm5_hal.conformance.selecting import selection
 from glm5_hal.errors import HalError
 
@@ -231,7 +233,7 @@ def test_one_element_rows_pass_with_a_floor_of_their_own() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 5), (1, 576), (8, 128)])
 def test_a_norm_rounded_once_or_twice_is_honest(dtype: str, shape: tuple[int, int]) -> None:
-    storage, unit, D = getattr(torch, dtype), compare.unit_roundoff(dtype), shape[1]
+    storage, unit, D = getattr(torch, dtype), unit_roundoff(dtype), shape[1]
 
     def norm(x: Tensor, weight: Tensor, rounds: int, square_mean: Tensor | None = None) -> Tensor:
         mean = x.square().mean(-1, keepdim=True) if square_mean is None else square_mean
@@ -516,7 +518,7 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     x[40, 3] = 7.0
     whole = calibrated(x, y, b, unit=U)
     assert not whole.ok
-    monkeypatch.setattr(compare, "BLOCK", 3 * 80)
+    monkeypatch.setattr(rounding, "BLOCK", 3 * 80)
     assert calibrated(x, y, b, unit=U) == whole
 
 
@@ -771,6 +773,6 @@ def test_outputs_that_prove_nothing(outputs: list[Tensor], reason: str) -> None:
 
 def test_unit_roundoff() -> None:
     for name in ("bfloat16", "float16", "float32", "float64"):
-        assert compare.unit_roundoff(name) == torch.finfo(getattr(torch, name)).eps / 2
+        assert unit_roundoff(name) == torch.finfo(getattr(torch, name)).eps / 2
     with pytest.raises(HalError, match="int8"):
-        compare.unit_roundoff("int8")
+        unit_roundoff("int8")

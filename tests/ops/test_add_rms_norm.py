@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm5_hal.conformance import compare, oracle
+from glm5_hal.conformance import oracle
+from glm5_hal.conformance.calibrated import calibrated
 from glm5_hal.conformance.inputs import Draw
+from glm5_hal.conformance.rounding import unit_roundoff
 from glm5_hal.ops._add_rms_norm import SPEC, add_rms_norm
 from glm5_hal.ops._rms_norm import rms_norm
 from glm5_hal.spec import Sample
@@ -61,7 +63,7 @@ def test_a_norm_of_the_stored_sum_and_one_of_the_fp32_sum_both_pass(dtype: str) 
     both = add_rms_norm(**args)[0], norm_of_the_unrounded_sum(**args)
     assert not torch.equal(*both)
     for y in both:
-        assert compare.calibrated(y, truth, honest, unit=compare.unit_roundoff(dtype), floor=2e-6).ok
+        assert calibrated(y, truth, honest, unit=unit_roundoff(dtype), floor=2e-6).ok
 
 
 def test_eps_counts_where_the_sum_cancels() -> None:
