@@ -69,7 +69,7 @@ class Constraint:
     code: str = "SHAPE"
 
 
-# --- how an output is judged (conformance/compare.py and calibrated.py have the arithmetic) ------------------------------------
+# --- how an output is judged (the arithmetic is in conformance/compare.py and calibrated.py) -------------------------
 
 
 @dataclass(frozen=True)
