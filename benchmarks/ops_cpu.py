@@ -26,8 +26,8 @@ from torch.nn import functional
 
 import glm5_hal
 from glm5_hal import ops
-from glm5_hal.metadata import bind_axes
 from glm5_hal.ops import specs
+from glm5_hal.ops._common.costs import cost_of
 from glm5_hal.state import FORMATS, CacheFormat
 
 HEADS, LATENT, ROPE, HEAD_DIM, SCALE = 64, 512, 64, 256, 0.0625
@@ -278,12 +278,9 @@ def least(calls: Mapping[str, Call], repeat: int) -> dict[str, float]:
 
 
 def measure(point: Point, rates: Mapping[str, float], repeat: int) -> dict[str, Any]:
-    spec = specs()[point.op]
     kernel = getattr(ops, point.op).bind(**point.args)
     times = least({"torch": lambda: kernel(**point.args), **point.peers}, repeat)
-    shapes = {n: tuple(point.args[n].shape) if point.args.get(n) is not None else None for n in spec.tensors}
-    scalars = {n: point.args[n] for n in spec.options if n in point.args}
-    cost = spec.cost({**bind_axes(spec, shapes, scalars), "itemsize": getattr(torch, point.dtype).itemsize})
+    cost = cost_of(specs()[point.op], point.args, point.dtype)
     bound = max(cost.flops / rates[f"{point.dtype} GFLOP/s"], cost.bytes / rates["read GB/s"]) / 1e9
     peers = {name: seconds * 1e3 for name, seconds in times.items() if name != "torch"}
     best = min(peers, key=lambda name: peers[name])

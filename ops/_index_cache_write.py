@@ -90,7 +90,7 @@ def fuzz(pick: Pick) -> Sample:
 
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, D = axes["T"], axes["D"]
-    return Cost(flops=T * D, bytes=2 * axes["itemsize"] * T * D + 8 * T)
+    return Cost(flops=T * D, bytes=T * (axes["itemsize"] * D + axes["cache_row"] + 8))
 
 
 SPEC = OpSpec(

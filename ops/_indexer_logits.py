@@ -126,8 +126,10 @@ def fuzz(pick: Pick) -> Sample:
 
 
 def cost(axes: Mapping[str, Any]) -> Cost:
+    """With every request as long as a row of the result."""
     T, H, D, S = axes["T"], axes["H"], axes["D"], axes["max_seq_len"]
-    return Cost(flops=2 * T * S * H * (D + 1), bytes=axes["itemsize"] * (T * H * D + S * D) + 4 * T * S)
+    cached = axes["B"] * S * axes["cache_row"]
+    return Cost(flops=2 * T * S * H * (D + 1), bytes=cached + axes["itemsize"] * T * H * D + 4 * T * (H + S))
 
 
 SPEC = OpSpec(

@@ -147,9 +147,8 @@ def fuzz(pick: Pick) -> Sample:
 
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, H, L, R, K = axes["T"], axes["H"], axes["kv_lora_rank"], axes["W"] - axes["kv_lora_rank"], axes["K"]
-    return Cost(
-        flops=2 * T * K * H * (2 * L + R), bytes=axes["itemsize"] * (T * K * (L + R) + T * H * (2 * L + R)) + 4 * T * K
-    )
+    cached, rows = T * K * (axes["cache_row"] + 4), T * H * (axes["itemsize"] * (2 * L + R) + 4)
+    return Cost(flops=2 * T * K * H * (2 * L + R), bytes=cached + rows)
 
 
 def _index_past_end(args: dict[str, Any]) -> dict[str, Any]:
