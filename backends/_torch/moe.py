@@ -94,7 +94,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, expert_offsets: Tensor, *, weight_fo
 @kernel("moe_combine", "torch", provides=("deterministic", "batch_invariant", "graph_safe"))
 def moe_combine(y: Tensor, topk_weights: Tensor, inverse_ids: Tensor, shared: Tensor | None = None) -> Tensor:
     weights = topk_weights.to(torch.float64 if y.dtype == torch.float64 else torch.float32)
-    if len(y) == 0:
+    if y.numel() == 0:
         out = weights.new_zeros(len(weights), y.shape[1])
     else:
         out = (_bags if y.device.type in caches.HOST_MEMORY else _slot_by_slot)(y, weights, inverse_ids)
