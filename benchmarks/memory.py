@@ -19,7 +19,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 KEYS = 65536
@@ -126,15 +126,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--op", default="*", help="only ops that match")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.child is not None:
-        print(json.dumps(measure(POINTS[options.child])))
+        print(json.dumps(measure(Point(**options.child))))
         return 0
     rows = []
-    for number, point in enumerate(POINTS):
+    for point in POINTS:
         if fnmatch.fnmatch(point.op, options.op):
-            child = [sys.executable, __file__, "--child", str(number)]
+            child = [sys.executable, __file__, "--child", json.dumps(asdict(point))]
             rows.append(json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout))
             if not options.json:
                 _show(rows[-1], first=len(rows) == 1)

@@ -26,11 +26,11 @@ from torch.nn import functional
 
 import glm5_hal
 from glm5_hal import ops
-from glm5_hal.metadata import bind_axes
 from glm5_hal.ops import specs
+from glm5_hal.ops._common.costs import cost_of
 from glm5_hal.state import FORMATS, CacheFormat
 
-HEADS, LATENT, ROPE, SCALE = 64, 512, 64, 0.0625
+HEADS, LATENT, ROPE, HEAD_DIM, SCALE = 64, 512, 64, 256, 0.0625
 INDEX_HEADS, INDEX_DIM, TOP_K = 32, 128, 2048
 PAGE = 64
 Call = Callable[[], Any]
@@ -101,7 +101,7 @@ def mla_decode() -> Iterator[Point]:
 
         def sdpa(q: Tensor = q, plain: tuple[Tensor, ...] = made.plain) -> list[Tensor]:
             """Keys as their own values: with values narrower than keys torch falls back to its slow form."""
-            return [_sdpa(q[r], k, None)[:, :LATENT] for r, k in enumerate(plain)]
+            return [_sdpa(q[r], k)[:, :LATENT] for r, k in enumerate(plain)]
 
         args = {"q": q, "scale": SCALE, "kv_lora_rank": LATENT, **made.args}
         yield Point("mla_decode", f"B{requests} S{keys}", name, args, {"eager": eager, "sdpa": sdpa}, form)
@@ -124,7 +124,7 @@ def sparse_mla() -> Iterator[Point]:
             return [((q[t] @ k.T) * SCALE).softmax(-1) @ k[:, :LATENT] for t, k in enumerate(rows)]
 
         def sdpa(q: Tensor = q, chosen: Tensor = chosen, keys: Tensor = made.plain[0]) -> list[Tensor]:
-            return [_sdpa(q[t], keys.index_select(0, some), None)[:, :LATENT] for t, some in enumerate(chosen)]
+            return [_sdpa(q[t], keys.index_select(0, some))[:, :LATENT] for t, some in enumerate(chosen)]
 
         def dense_and_mask(q: Tensor = q, chosen: Tensor = chosen, keys: Tensor = made.plain[0]) -> list[Tensor]:
             bias = q.new_full((len(q), len(keys)), torch.finfo(q.dtype).min).scatter_(1, chosen.long(), 0.0)
@@ -190,7 +190,7 @@ def topk_indices() -> Iterator[Point]:
         peers = {
             "topk": lambda s=scores: s.topk(TOP_K, sorted=False).indices,
             "topk, ascending": lambda s=scores: s.topk(TOP_K, sorted=False).indices.sort(-1).values.int(),
-            "stable sort": lambda s=scores: s.sort(-1, descending=True, stable=True).indices[:, :TOP_K].sort(-1).values,
+            "stable sort": lambda s=scores: s.sort(stable=True, descending=True).indices[:, :TOP_K].sort(-1).values,
         }
         args = {"scores": scores, "seq_lens": torch.full((tokens,), keys, dtype=torch.int32), "top_k": TOP_K}
         yield Point("topk_indices", f"T{tokens} S{keys} K{TOP_K}", "float32", args, peers)
@@ -199,8 +199,8 @@ def topk_indices() -> Iterator[Point]:
 def mla_prefill() -> Iterator[Point]:
     """The op's cost has no mask; where a chunk sees itself under the causal one, up to half need not be done."""
     for name, tokens, keys in (("bfloat16", 512, 512), ("float32", 512, 512), ("bfloat16", 128, 2048)):
-        dtype, D = getattr(torch, name), 256
-        q, k, v = (torch.randn(n, HEADS, D).to(dtype) for n in (tokens, keys, keys))
+        dtype = getattr(torch, name)
+        q, k, v = (torch.randn(n, HEADS, HEAD_DIM).to(dtype) for n in (tokens, keys, keys))
         mask = None if tokens == keys else torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens)
 
         def sdpa(q: Tensor = q, k: Tensor = k, v: Tensor = v, mask: Tensor | None = mask) -> Tensor:
@@ -246,11 +246,9 @@ POINTS = (
 )  # fmt: skip
 
 
-def _sdpa(q: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+def _sdpa(q: Tensor, keys: Tensor) -> Tensor:
     """Heads as queries of one head."""
-    return functional.scaled_dot_product_attention(
-        q[None, None], keys[None, None], keys[None, None], mask, scale=SCALE
-    )[0, 0]
+    return functional.scaled_dot_product_attention(q[None, None], keys[None, None], keys[None, None], scale=SCALE)[0, 0]
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -280,12 +278,9 @@ def least(calls: Mapping[str, Call], repeat: int) -> dict[str, float]:
 
 
 def measure(point: Point, rates: Mapping[str, float], repeat: int) -> dict[str, Any]:
-    spec = specs()[point.op]
     kernel = getattr(ops, point.op).bind(**point.args)
     times = least({"torch": lambda: kernel(**point.args), **point.peers}, repeat)
-    shapes = {n: tuple(point.args[n].shape) if point.args.get(n) is not None else None for n in spec.tensors}
-    scalars = {n: point.args[n] for n in spec.options if n in point.args}
-    cost = spec.cost({**bind_axes(spec, shapes, scalars), "itemsize": getattr(torch, point.dtype).itemsize})
+    cost = cost_of(specs()[point.op], point.args, point.dtype)
     bound = max(cost.flops / rates[f"{point.dtype} GFLOP/s"], cost.bytes / rates["read GB/s"]) / 1e9
     peers = {name: seconds * 1e3 for name, seconds in times.items() if name != "torch"}
     best = min(peers, key=lambda name: peers[name])

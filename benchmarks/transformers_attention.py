@@ -20,14 +20,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-WIDTHS = {
+WIDTHS: dict[str, Any] = {
     "hidden_size": 6144,
     "num_attention_heads": 64,
     "num_key_value_heads": 64,
@@ -83,19 +83,16 @@ class Block:
         self.model = apply(decoder(dtype))
         self.x = torch.randn(1, tokens, WIDTHS["hidden_size"], dtype=dtype)
         self.tokens, self.cached = tokens, cached
-        latent, rope, keys = (torch.randn(cached, w).to(dtype) for w in (512, 64, 128))
+        L, R, D = (WIDTHS[name] for name in ("kv_lora_rank", "qk_rope_head_dim", "index_head_dim"))
+        latent, rope, keys = (torch.randn(cached, width).to(dtype) for width in (L, R, D))
         self.paged = PagedCache(self.model, batch_size=1, max_length=cached + tokens)
         self.theirs = DynamicCache(config=self.model.config)
         if cached:
-            held = self.paged.latent[0][0].flatten(0, 1)[self._slots()]
-            assert held.shape == (cached, 576)
             self.paged.latent[0][0].flatten(0, 1)[self._slots()] = torch.cat([latent, rope], 1)
             self.paged.index[0].flatten(0, 1)[self._slots()] = keys
             self.paged.seen = cached
-            # transformers keeps what rope has turned with the pairs' first halves first.
-            apart = torch.cat([torch.arange(0, 64, 2), torch.arange(1, 64, 2)])
-            self.theirs.update(latent[None, None], rope[None, None][..., apart], 0)
-            self.theirs.update_indexer(torch.cat([keys[:, apart], keys[:, 64:]], 1)[None], 0)
+            self.theirs.update(latent[None, None], apart(rope)[None, None], 0)
+            self.theirs.update_indexer(torch.cat([apart(keys[:, :R]), keys[:, R:]], 1)[None], 0)
 
     def _slots(self) -> Tensor:
         table, page = self.paged.block_table[0].long(), self.paged.layout.page_size
@@ -115,7 +112,7 @@ class Block:
         def run() -> Tensor:
             if not self.cached:
                 self.paged.reset()
-            at = forwards._pass(self.model, self.paged, 1, self.tokens, None, None)
+            at = forwards.begin(self.model.rotary_emb, self.paged, 1, self.tokens, None, None)
             with active(at.step):
                 out: Tensor = module(self.x, at=at, chosen=None)[0]
             return out
@@ -152,17 +149,17 @@ class Block:
 
         module = self.model.layers[0].self_attn
         ours, keys = module._glm5_hal, self.theirs.layers[0]
-        dtype, held = self.x.dtype, self.paged.latent[0][0]
-        q_nope, q_rope = torch.randn(1, 64, 192).to(dtype), torch.randn(1, 64, 64).to(dtype)
-        chosen = torch.randperm(self.cached)[:2048].sort().values.int()[None]
-        table, lens = self.paged.block_table, torch.tensor([self.cached], dtype=torch.int32)
-        cu, w_uk = torch.tensor([0, 1], dtype=torch.int32), ours.weights["w_uk"]
-        apart = torch.cat([torch.arange(0, 64, 2), torch.arange(1, 64, 2)])
-        query = torch.cat([q_nope, q_rope[..., apart]], -1)[:, :, None]
+        w_uk, R = ours.weights["w_uk"], WIDTHS["qk_rope_head_dim"]
+        (H, K, L), dtype, scale = w_uk.shape, self.x.dtype, ours.scale
+        q_nope, q_rope = torch.randn(1, H, K).to(dtype), torch.randn(1, H, R).to(dtype)
+        chosen = torch.randperm(self.cached)[: WIDTHS["index_topk"]].sort().values.int()[None]
+        held, table = self.paged.latent[0][0], self.paged.block_table
+        lens, cu = torch.tensor([self.cached], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+        query = torch.cat([q_nope, apart(q_rope)], -1)[:, :, None]
 
         def absorbed() -> Tensor:
             q = torch.cat([torch.matmul(q_nope.transpose(0, 1), w_uk).transpose(0, 1), q_rope], -1)
-            z, _ = ops.sparse_mla(q, held, chosen, table, lens, cu, scale=0.0625, kv_lora_rank=512)
+            z, _ = ops.sparse_mla(q, held, chosen, table, lens, cu, scale=scale, kv_lora_rank=L)
             return torch.matmul(z.transpose(0, 1), ours.w_uv).transpose(0, 1).flatten()
 
         def expanded(attend: Callable[..., Any]) -> Callable[[], Tensor]:
@@ -170,13 +167,18 @@ class Block:
                 k, v = module.expand_kv(keys.keys, keys.values)
                 away = chosen.new_ones((1, 1, self.cached), dtype=torch.bool).scatter(-1, chosen[None].long(), False)
                 mask = torch.zeros(1, 1, 1, self.cached, dtype=dtype).masked_fill(away[:, None], torch.finfo(dtype).min)
-                out: Tensor = attend(module, query, k, v, mask, scaling=0.0625)[0]
+                out: Tensor = attend(module, query, k, v, mask, scaling=scale)[0]
                 return out.flatten()
 
             return run
 
         sdpa = modeling.ALL_ATTENTION_FUNCTIONS["sdpa"]
         return {"eager": expanded(modeling.eager_attention_forward), "sdpa": expanded(sdpa), "ours": absorbed}
+
+
+def apart(x: Tensor) -> Tensor:
+    """The rope dims as transformers keeps them: what belongs to the pairs' first halves first."""
+    return torch.cat([x[..., ::2], x[..., 1::2]], -1)
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
@@ -249,14 +251,14 @@ def growths(dtype: str, threads: int) -> dict[str, float]:
     return found
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--growth", choices=WAYS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     with torch.no_grad():

@@ -21,7 +21,7 @@ from glm5_hal.conformance.inputs import Draw
 from glm5_hal.conformance.runner import Target
 from glm5_hal.conformance.trial import waiting
 from glm5_hal.errors import HalError
-from glm5_hal.metadata import bind_axes
+from glm5_hal.ops._common.costs import cost_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -123,11 +123,8 @@ def _timed(case: Case, target: Target, limits: Limits, seconds: float) -> Row:
             runs, best = _repeat(lambda: op(**placed), target.device, seconds)
         except HalError as refusal:
             return Row(case.id, target.policy, 0.0, 0, 0.0, 0.0, "", skipped=refusal.what)
-    shapes = {n: None if args[n] is None else tuple(args[n].shape) for n in case.spec.tensors}
-    axes = bind_axes(case.spec, shapes, {n: args[n] for n in case.spec.options})
-    itemsize = getattr(torch, case.dtype).itemsize
-    work = case.spec.cost({**axes, "itemsize": itemsize})
-    compute, memory = work.flops / limits.flops_per_second, work.bytes / limits.bytes_per_second
+    cost = cost_of(case.spec, args, case.dtype)
+    compute, memory = cost.flops / limits.flops_per_second, cost.bytes / limits.bytes_per_second
     limit = max(compute, memory)
     return Row(case.id, name, best, runs, limit, limit / best, "compute" if compute > memory else "memory")
 

@@ -15,6 +15,7 @@ from glm5_hal.conformance import oracle
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.errors import HalError
 from glm5_hal.metadata import bind_axes
+from glm5_hal.ops._common.costs import cost_of
 from glm5_hal.signature import Facts
 from glm5_hal.spec import Inputs, OpSpec
 
@@ -154,7 +155,7 @@ class Trial:
     @cached_property
     def work(self) -> dict[str, float]:
         """The call's floating-point operations and bytes, as the op declares them."""
-        cost = self.spec.cost({**self.axes, "itemsize": getattr(torch, self.case.dtype).itemsize})
+        cost = cost_of(self.spec, self.inputs.args, self.case.dtype)
         return {"flops": float(cost.flops), "bytes": float(cost.bytes)}
 
     @cached_property

@@ -61,10 +61,13 @@ def expert_weights(draw: Draw, *shape: int, dtype: str) -> Tensor:
 def samples() -> Iterator[Sample]:
     edge, glm5 = frozenset({"edge"}), frozenset({"glm5"})
     tiny = {"N": 24, "K": 40}
-    yield Sample("ragged", {**tiny, "rows": (3, 0, 7, 1, 0)})
+    yield Sample(
+        "ragged", {**tiny, "rows": (3, 0, 13, 1, 0)}
+    )  # few and many rows: kernels may multiply these otherwise
     yield Sample("unused_rows", {**tiny, "rows": (0, 4, 2), "tail": 5})
     yield Sample("mostly_idle", {**tiny, "rows": (0, 0, 0, 0, 0, 2, 0, 0), "tail": 6}, tags=edge)
     yield Sample("one_expert", {**tiny, "rows": (9,)}, tags=edge)
+    yield Sample("no_experts", {**tiny, "rows": (), "tail": 5}, tags=edge | {"empty"})
     yield Sample("no_rows", {**tiny, "rows": (0, 0, 0)}, tags=edge)
     yield Sample("uneven", {"N": 17, "K": 33, "rows": (1, 2, 5)}, tags=edge)
     yield Sample("one", {"N": 1, "K": 1, "rows": (1, 1)}, tags=edge)

@@ -48,6 +48,7 @@ def samples() -> Iterator[Sample]:
         yield Sample(f"two_groups-{fmt}", {**TINY, "D": 256, "format": fmt})
         yield Sample(f"page_of_one-{fmt}", {**TINY, "page": 1, "N": 40, "format": fmt}, tags=edge)
         yield Sample(f"every_slot-{fmt}", {**TINY, "T": 32, "skip": "none", "format": fmt}, tags=edge)
+        yield Sample(f"no_pages-{fmt}", {**TINY, "T": 2, "N": 0, "skip": "all", "format": fmt}, tags=edge)
     yield Sample("quantiser-fp8_132", {**TINY, "format": "fp8_132", "rows": "edges", "skip": "none"}, tags=edge)
     yield Sample("nonfinite-fp8_132", {**TINY, "format": "fp8_132", "rows": "broken"}, tags=edge)
     base = {**TINY, "format": "bf16_128"}
@@ -90,7 +91,7 @@ def fuzz(pick: Pick) -> Sample:
 
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, D = axes["T"], axes["D"]
-    return Cost(flops=T * D, bytes=2 * axes["itemsize"] * T * D + 8 * T)
+    return Cost(flops=T * D, bytes=T * (axes["itemsize"] * D + axes["cache_row"] + 8))
 
 
 SPEC = OpSpec(

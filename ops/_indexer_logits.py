@@ -70,6 +70,8 @@ def samples() -> Iterator[Sample]:
     yield Sample("prefill", {**base, "lens": ((37, 37), (20, 50))})
     yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 30), (3, 0), (5, 2))}, tags=edge)
     yield Sample("no_tokens", {**base, "lens": ((0, 9),)}, tags=edge)
+    for fmt in formats("index"):
+        yield Sample(f"no_pages-{fmt}", {**base, "format": fmt, "lens": ((2, 0), (0, 0)), "spare": 0}, tags=edge)
     yield Sample("many_heads", {**base, "H": 64, "lens": ((2, 33),)})
     yield Sample("many_keys", {**base, "lens": ((4, 2600),), "K": 1200})  # scores so dense that a choice needs fp32
     yield Sample("integers", {**base, "lens": ragged}, fill="exact")
@@ -95,7 +97,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     axes = sample.axes
     H, D, exact = axes["H"], axes["D"], sample.fill == "exact"
     fmt = FORMATS[axes["format"]]
-    batch = batches.paged(draw, axes["lens"], axes["page"])
+    batch = batches.paged(draw, axes["lens"], axes["page"], axes.get("spare", 3))
     shape = (int(batch.seq_lens.sum()), D)
     keys = draw.small(*shape, dtype=dtype) if exact else draw.normal(*shape, dtype=dtype)
     if axes.get("distinct"):  # so few different keys that scores tie across the k-th place
@@ -126,8 +128,10 @@ def fuzz(pick: Pick) -> Sample:
 
 
 def cost(axes: Mapping[str, Any]) -> Cost:
+    """With every request as long as a row of the result."""
     T, H, D, S = axes["T"], axes["H"], axes["D"], axes["max_seq_len"]
-    return Cost(flops=2 * T * S * H * (D + 1), bytes=axes["itemsize"] * (T * H * D + S * D) + 4 * T * S)
+    cached = axes["B"] * S * axes["cache_row"]
+    return Cost(flops=2 * T * S * H * (D + 1), bytes=cached + axes["itemsize"] * T * H * D + 4 * T * (H + S))
 
 
 SPEC = OpSpec(

@@ -154,7 +154,8 @@ def fuzz(pick: Pick) -> Sample:
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, E, Q, H, D = axes["T"], axes["E"], axes["Q"], axes["num_heads"], axes["D"]
     weights = H * D * Q + (D + H) * E
-    return Cost(flops=2 * T * weights, bytes=axes["itemsize"] * (weights + T * (E + Q + H * D + D)) + 4 * T * H)
+    activations = axes["itemsize"] * (E + Q + H * D) + 4 * H
+    return Cost(flops=2 * T * weights, bytes=axes["itemsize"] * weights + T * (activations + axes["cache_row"]))
 
 
 def _rope_fits(known: Mapping[str, Any]) -> bool:

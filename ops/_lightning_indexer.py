@@ -81,8 +81,10 @@ def fuzz(pick: Pick) -> Sample:
 
 
 def cost(axes: Mapping[str, Any]) -> Cost:
+    """With every request as long as the block table."""
     T, H, D, S, K = axes["T"], axes["H"], axes["D"], axes["M"] * axes["P"], axes["top_k"]
-    return Cost(flops=2 * T * S * H * (D + 1), bytes=axes["itemsize"] * (T * H * D + S * D) + 4 * T * K)
+    cached = axes["B"] * S * axes["cache_row"]
+    return Cost(flops=2 * T * S * H * (D + 1), bytes=cached + axes["itemsize"] * T * H * D + 4 * T * (H + K))
 
 
 SPEC = OpSpec(

@@ -101,7 +101,7 @@ def fuzz(pick: Pick) -> Sample:
 
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, W = axes["T"], axes["L"] + axes["R"]
-    return Cost(flops=T * W, bytes=2 * axes["itemsize"] * T * W + 8 * T)
+    return Cost(flops=T * W, bytes=T * (axes["itemsize"] * W + axes["cache_row"] + 8))
 
 
 def _other_rope_cache(args: dict[str, Any]) -> dict[str, Any]:

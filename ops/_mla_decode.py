@@ -147,9 +147,8 @@ def fuzz(pick: Pick) -> Sample:
 def cost(axes: Mapping[str, Any]) -> Cost:
     """With every request as long as the block table."""
     T, H, L, R, S = axes["T"], axes["H"], axes["kv_lora_rank"], axes["W"] - axes["kv_lora_rank"], axes["M"] * axes["P"]
-    return Cost(
-        flops=2 * T * S * H * (2 * L + R), bytes=axes["itemsize"] * (axes["B"] * S * (L + R) + T * H * (2 * L + R))
-    )
+    cached, rows = axes["B"] * S * axes["cache_row"], T * H * (axes["itemsize"] * (2 * L + R) + 4)
+    return Cost(flops=2 * T * S * H * (2 * L + R), bytes=cached + rows)
 
 
 def _past_table(args: dict[str, Any]) -> dict[str, Any]:

@@ -147,7 +147,8 @@ def fuzz(pick: Pick) -> Sample:
 def cost(axes: Mapping[str, Any]) -> Cost:
     T, E, Q, H, K, L, R = (*(axes[a] for a in "TEQHKL"), 2 * axes["I"])
     weights = Q * E + H * (K + R) * Q + (L + R) * E + H * K * L
-    return Cost(flops=2 * T * weights, bytes=axes["itemsize"] * (weights + T * (E + Q + (H + 1) * (L + R))))
+    activations = axes["itemsize"] * (E + Q + H * (L + R))
+    return Cost(flops=2 * T * weights, bytes=axes["itemsize"] * weights + T * (activations + axes["cache_row"]))
 
 
 SPEC = OpSpec(

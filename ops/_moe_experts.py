@@ -65,6 +65,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("nothing_here", {**tiny, "elsewhere": 8, "T": 1, "shared": True}, tags=edge)
     yield Sample("idle_experts", {**tiny, "T": 2, "E": 70, "D": 24, "I": 16}, tags=edge)  # more experts than dims
     yield Sample("one_expert", {**tiny, "K": 1, "E": 1}, tags=edge)
+    yield Sample("no_experts", {**tiny, "E": 0, "elsewhere": 8, "shared": True}, tags=edge)
     yield Sample("no_tokens", {**tiny, "T": 0, "shared": True}, tags=edge)
     # One rank of EP32, as a low-latency dispatch delivers: one copy of a token for each of its experts here.
     glm = {"D": 6144, "I": 2048}

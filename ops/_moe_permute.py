@@ -52,6 +52,8 @@ def chosen_experts(draw: Draw, tokens: int, top_k: int, experts: int, elsewhere:
     away = draw.integers(0, 8, tokens, top_k) < elsewhere
     if elsewhere and tokens > 1:
         away[0], away[-1] = True, False
+    if not experts:
+        return torch.full((tokens, top_k), -1, dtype=torch.int32)
     return order[:, :top_k].int().masked_fill(away, -1)
 
 
@@ -63,6 +65,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("nothing_here", {**tiny, "elsewhere": 8, "T": 1}, tags=edge | {"empty"})
     yield Sample("idle_experts", {**tiny, "T": 2, "E": 60}, tags=edge)
     yield Sample("one_expert", {**tiny, "K": 1, "E": 1}, tags=edge)
+    yield Sample("no_experts", {**tiny, "E": 0, "elsewhere": 8}, tags=edge | {"empty"})
     yield Sample("no_tokens", {**tiny, "T": 0}, tags=edge)
     standard: dict[str, Any] = {"level": "standard", "tags": glm5, "dtypes": ("bfloat16",)}
     yield Sample("glm5", {"T": 128, "K": 8, "D": 6144, "E": 256}, **standard)
@@ -106,7 +109,7 @@ SPEC = OpSpec(
         Arg("x", "T D", "F", "tokens"),
         Arg("topk_ids", "T K", "int32", "each token's experts, -1 for one that is not here"),
     ),
-    scalars=(Scalar("num_experts", "how many experts there are here", low=1),),
+    scalars=(Scalar("num_experts", "how many experts there are here", low=0),),
     outs=(
         Out("permuted", "T*K D", "F", "copies of the tokens, expert by expert; zero beyond the last"),
         Out("expert_offsets", "num_experts+1", "int32", "first row of each expert, and the number of rows"),
@@ -124,7 +127,7 @@ SPEC = OpSpec(
     errors=(
         BadInput("expert_too_large", "VALUE", _with_id(7)),
         BadInput("expert_below_minus_one", "VALUE", _with_id(-2)),
-        BadInput("no_experts", "SCALAR", lambda args: {**args, "num_experts": 0}),
+        BadInput("experts_negative", "SCALAR", lambda args: {**args, "num_experts": -1}),
     ),
     source="spec 5.2, 6.3",
 )

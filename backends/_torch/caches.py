@@ -40,7 +40,7 @@ class Tiles:
         cache = caches[0]
         self._fmt, self._latent, self._page = fmt, latent, cache.shape[1]
         self._tile = cache.new_empty(most, latent + rope, dtype=dtype)
-        self._fields = _fields(fmt, caches, latent, rope)
+        self._fields = bytes_of.fields(fmt, caches, latent)
         # Numbers that need no conversion go straight into the tile.
         self._whole = len(self._fields) == 1 and cache.dtype == dtype
         self._raw = {
@@ -77,24 +77,6 @@ class Tiles:
                 tile[:, start : start + rows.shape[-1]].copy_(rows)
                 start += rows.shape[-1]
         return tile
-
-
-def _fields(fmt: CacheFormat, caches: tuple[Tensor, ...], latent: int, rope: int) -> Mapping[str, Tensor]:
-    """Views ``[N, P, w]`` of what a row is made of: the format's tensors, or the parts of a quantised row."""
-    if not fmt.group:
-        return dict(zip(fmt.tensors, caches, strict=True))
-    (cache,) = caches
-    widths = {"latent": latent, "scale": 4 * (latent // fmt.group), "rope": 2 * rope}
-    views, start = {}, 0
-    for name in fmt.fields:
-        if fmt.block_major:
-            span = cache.shape[1] * widths[name]
-            views[name] = cache.flatten(1)[:, start : start + span].view(-1, cache.shape[1], widths[name])
-            start += span
-        else:
-            views[name] = cache[..., start : start + widths[name]]
-            start += widths[name]
-    return views
 
 
 def _rows(field: Tensor) -> tuple[Tensor, int] | None:
@@ -158,7 +140,7 @@ def _write(fmt: CacheFormat, caches: tuple[Tensor, ...], slots: Tensor, latent: 
     some = None if in_host_memory(slots) else wanted
     if some is None and not wanted.all():
         slots, latent, rope = slots[wanted], latent[wanted], None if rope is None else rope[wanted]
-    fields = _fields(fmt, caches, latent.shape[-1], 0 if rope is None else rope.shape[-1])
+    fields = bytes_of.fields(fmt, caches, latent.shape[-1])
     for name, rows in _stored(fmt, caches, latent, rope).items():
         _put(fields[name], slots, rows, some)
 

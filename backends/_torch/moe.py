@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from glm5_hal.backend import kernel
 from glm5_hal.backends._torch import caches
+from glm5_hal.ops._common.precision import multiply
 from glm5_hal.state import host_list
 
 #: Elements of y that are combined at a time on a CPU.
@@ -79,22 +80,16 @@ def moe_permute(x: Tensor, topk_ids: Tensor, *, num_experts: int) -> tuple[Tenso
 @kernel("grouped_gemm", "torch", provides=("deterministic",))
 def grouped_gemm(x: Tensor, weight: Tensor, expert_offsets: Tensor, *, weight_format: str = "plain") -> Tensor:
     y = x.new_zeros(x.shape[0], weight.shape[1])
-    # A CPU multiplies float16 a hundred times slower than float32.
-    widen = x.dtype == torch.float16 and x.device.type == "cpu"
     for e, (start, end) in enumerate(pairwise(host_list(expert_offsets))):
-        if start == end:
-            continue
-        if widen:
-            y[start:end] = x[start:end].float() @ weight[e].float().T
-        else:
-            torch.mm(x[start:end], weight[e].T, out=y[start:end])
+        if start < end:
+            multiply(x[start:end], weight[e].T, out=y[start:end])
     return y
 
 
 @kernel("moe_combine", "torch", provides=("deterministic", "batch_invariant", "graph_safe"))
 def moe_combine(y: Tensor, topk_weights: Tensor, inverse_ids: Tensor, shared: Tensor | None = None) -> Tensor:
     weights = topk_weights.to(torch.float64 if y.dtype == torch.float64 else torch.float32)
-    if len(y) == 0:
+    if y.numel() == 0:
         out = weights.new_zeros(len(weights), y.shape[1])
     else:
         out = (_bags if y.device.type in caches.HOST_MEMORY else _slot_by_slot)(y, weights, inverse_ids)

@@ -142,7 +142,7 @@ def _cache_contents(trial: Trial, run: Run, name: str, rule: CacheContents) -> J
         for r in (run, trial.expected.truth, trial.expected.honest)
     )
     stored = "bfloat16" if fmt.group else _name(args[name])
-    floor = _floor(trial, rule.depth, None, stored) + (caches.flip_floor(fmt, y.shape[-1]) if fmt.group else 0.0)
+    floor = _floor(trial, rule.depth, None, stored) + (caches.flip_floor(y.shape[-1]) if fmt.group else 0.0)
     return calibrated(x, y, b, unit=unit_roundoff(stored), floor=floor)
 
 
@@ -155,15 +155,8 @@ def _rows(fmt: str, tensors: Mapping[str, torch.Tensor], slots: torch.Tensor, ar
 
 def _scales(fmt: CacheFormat, cache: torch.Tensor, slots: torch.Tensor, args: Mapping[str, Any]) -> torch.Tensor:
     """The fp32 scales [n, groups] of rows of a quantised cache."""
-    latent = caches.latent_dim(fmt, args)
-    widths = {"latent": latent, "scale": 4 * (latent // fmt.group)}
-    widths["rope"] = cache.shape[-1] - sum(widths.values())
-    before = sum(widths[field] for field in fmt.fields[: fmt.fields.index("scale")])
-    page, width = cache.shape[1], widths["scale"]
-    at = slots % page
-    start = before * page + at * width if fmt.block_major else at * cache.shape[-1] + before
-    columns = start[:, None] + torch.arange(width)
-    return cache.flatten(1)[(slots // page)[:, None], columns].view(torch.float32)
+    scale = caches.fields(fmt, (cache,), caches.latent_dim(fmt, args))["scale"]
+    return scale[slots // cache.shape[1], slots % cache.shape[1]].view(torch.float32)
 
 
 def _stray_write(before: torch.Tensor, after: torch.Tensor, written: torch.Tensor) -> str | None:

@@ -73,8 +73,16 @@ def cache_constraints(
             fits,
             "allocate with glm5_hal.cache_format(name).allocate(num_blocks, page_size, latent, rope, dtype=...)",
         ),
+        PAGES,
         stores_in("kv_cache", activations),
     )
+
+
+PAGES = Constraint(
+    "a page of a cache has room for one key at least",
+    lambda known: bool(known["P"] > 0),
+    "allocate with glm5_hal.cache_format(name).allocate(num_blocks, page_size, ...), page_size 64 for example",
+)
 
 
 def stores_in(cache: str, activations: str) -> Constraint:

@@ -46,25 +46,19 @@ class Batch:
         rows = [slots_of(self.block_table[r], torch.arange(s), self.page_size) for r, (_, s) in enumerate(self.lens)]
         return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
 
-    def new_slots(self) -> Tensor:
-        """Flat slots of the new tokens' keys, the last ones of each request, in token order."""
-        rows = [
-            slots_of(self.block_table[r], torch.arange(s - q, s), self.page_size) for r, (q, s) in enumerate(self.lens)
-        ]
-        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
-
     def visible(self) -> Tensor:
         """How many keys each token sees under the causal mask, never negative, [T]."""
         rows = [torch.arange(s - q + 1, s + 1) for q, s in self.lens]
         return torch.cat(rows).clamp_min(0) if rows else torch.zeros(0, dtype=torch.long)
 
 
-def paged(draw: Draw, lens: Sequence[tuple[int, int]], page_size: int) -> Batch:
-    """A batch whose pages lie shuffled among unused ones; unused entries of the block table hold garbage."""
+def paged(draw: Draw, lens: Sequence[tuple[int, int]], page_size: int, spare: int = 3) -> Batch:
+    """A batch whose pages lie shuffled among ``spare`` ones that no request uses. Unused entries of the block table
+    name one of these: what is read through them is nobody's key."""
     need = [-(-s // page_size) for _, s in lens]
-    total, spare = sum(need), 3
+    total = sum(need)
     order = draw.permutation(total + spare).int()
-    table = torch.full((len(lens), max(need, default=0) + 1), 0, dtype=torch.int32)
+    table = torch.full((len(lens), max(need, default=0) + 1), int(order[total]) if spare else -1, dtype=torch.int32)
     unused = torch.ones_like(table, dtype=torch.bool)
     start = 0
     for r, n in enumerate(need):
@@ -78,20 +72,22 @@ def filled(
     fmt: CacheFormat, batch: Batch, latent: Tensor, rope: Tensor | None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The format's tensors with these rows in the used slots, and masks of everything that must not be read."""
-    dims = (latent.shape[-1],) if rope is None else (latent.shape[-1], rope.shape[-1])
-    made = []
-    for garbage in (7, 119):  # finite as numbers and as e4m3 bytes: a stray read gives a wrong value, not a crash
+    dims, slots = (latent.shape[-1],) if rope is None else (latent.shape[-1], rope.shape[-1]), batch.used_slots()
+
+    def around(garbage: int) -> tuple[Tensor, ...]:
         cache = fmt.allocate(batch.num_blocks, batch.page_size, *dims, dtype=latent.dtype)
         for tensor in cache:
             tensor.fill_(garbage)
-        caches.write(fmt, cache, batch.used_slots(), latent, rope)
-        made.append(cache)
-    if fmt.group:  # only for bytes: a row may hold the garbage value by chance, so compare the two fillings
-        return made[0], tuple(a != b for a, b in zip(*made, strict=True))
+        caches.write(fmt, cache, slots, latent, rope)
+        return cache
+
+    made = around(7)  # finite as a number and as an e4m3 byte: a stray read gives a wrong value, not a crash
+    if fmt.group:  # a row may hold the garbage byte by chance: what is unread differs between two fillings
+        return made, tuple(a != b for a, b in zip(made, around(119), strict=True))
     mask = torch.ones(batch.num_blocks * batch.page_size, 1, dtype=torch.bool)
-    mask[batch.used_slots()] = False
+    mask[slots] = False
     grid = mask.view(batch.num_blocks, batch.page_size, 1)
-    return made[0], tuple(grid.expand_as(c).clone() for c in made[0])
+    return made, tuple(grid.expand_as(c).clone() for c in made)
 
 
 def as_args(fmt: CacheFormat, tensors: tuple[Tensor, ...]) -> dict[str, Any]:

@@ -54,6 +54,29 @@ def grouped(x: Tensor, group: int) -> Tensor:
     return x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
 
 
+def field_widths(fmt: CacheFormat, width: int, latent: int) -> dict[str, int]:
+    """Bytes of each part of a quantised row of ``width``, in the order in which the parts lie."""
+    widths = {"latent": latent, "scale": 4 * (latent // fmt.group)}
+    widths["rope"] = width - sum(widths.values())
+    return {name: widths[name] for name in fmt.fields}
+
+
+def fields(fmt: CacheFormat, caches: tuple[Tensor, ...], latent: int) -> dict[str, Tensor]:
+    """Views ``[N, P, w]`` of what a row is made of: the format's tensors, or the parts of a quantised row."""
+    if not fmt.group:
+        return dict(zip(fmt.tensors, caches, strict=True))
+    (cache,) = caches
+    (N, P, width), views, start = cache.shape, {}, 0
+    for name, w in field_widths(fmt, width, latent).items():
+        if fmt.block_major:
+            views[name] = cache.view(N, P * width)[:, start : start + P * w].view(N, P, w)
+            start += P * w
+        else:
+            views[name] = cache[..., start : start + w]
+            start += w
+    return views
+
+
 def write(fmt: CacheFormat, caches: tuple[Tensor, ...], slots: Tensor, latent: Tensor, rope: Tensor | None) -> None:
     """Store rows ``latent [n, L]`` (and ``rope [n, R]``) at flat ``slots [n]``, all valid."""
     page = caches[0].shape[1]
@@ -65,18 +88,11 @@ def write(fmt: CacheFormat, caches: tuple[Tensor, ...], slots: Tensor, latent: T
             cache[block, offset] = row.to(cache.dtype)
         return
     codes, scale = quantise(latent, fmt)
-    fields = {"latent": codes, "scale": _bytes(scale)}
+    quantised = {"latent": codes, "scale": _bytes(scale)}
     if rope is not None:
-        fields["rope"] = _bytes(rope.to(torch.bfloat16))
-    if not fmt.block_major:
-        caches[0][block, offset] = torch.cat([fields[f] for f in fmt.fields], -1)
-        return
-    pages, start = caches[0].view(caches[0].shape[0], -1), 0
-    for name in fmt.fields:
-        width = fields[name].shape[-1]
-        columns = start + offset[:, None] * width + torch.arange(width, device=slots.device)
-        pages[block[:, None], columns] = fields[name]
-        start += page * width
+        quantised["rope"] = _bytes(rope.to(torch.bfloat16))
+    for name, view in fields(fmt, caches, latent.shape[-1]).items():
+        view[block, offset] = quantised[name]
 
 
 def read(fmt: CacheFormat, caches: tuple[Tensor, ...], slots: Tensor, latent_dim: int) -> tuple[Tensor, Tensor | None]:
@@ -87,22 +103,9 @@ def read(fmt: CacheFormat, caches: tuple[Tensor, ...], slots: Tensor, latent_dim
     if not fmt.group:
         rows = torch.cat([up(c[block, offset]) for c in caches], -1)
         return rows[:, :latent_dim], rows[:, latent_dim:] if fmt.kind == "latent" else None
-    widths = {"latent": latent_dim, "scale": 4 * (latent_dim // fmt.group)}
-    widths["rope"] = caches[0].shape[-1] - sum(widths.values())
-    fields, start = {}, 0
-    if fmt.block_major:
-        pages = caches[0].view(caches[0].shape[0], -1)
-        for name in fmt.fields:
-            columns = start + offset[:, None] * widths[name] + torch.arange(widths[name], device=slots.device)
-            fields[name] = pages[block[:, None], columns]
-            start += page * widths[name]
-    else:
-        rows = caches[0][block, offset]
-        for name in fmt.fields:
-            fields[name] = rows[:, start : start + widths[name]]
-            start += widths[name]
-    latent = dequantise(fields["latent"], _numbers(fields["scale"], torch.float32), fmt)
-    return latent, up(_numbers(fields["rope"], torch.bfloat16)) if "rope" in fields else None
+    parts = {name: view[block, offset] for name, view in fields(fmt, caches, latent_dim).items()}
+    latent = dequantise(parts["latent"], _numbers(parts["scale"], torch.float32), fmt)
+    return latent, up(_numbers(parts["rope"], torch.bfloat16)) if "rope" in parts else None
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -152,7 +155,7 @@ def read_exact(
         return read(fmt, held, slots, latent_width)
 
 
-def flip_floor(fmt: CacheFormat, width: int) -> float:
+def flip_floor(width: int) -> float:
     """What a few e4m3 codes that round the other way cost a row: two implementations that differ in the last bit
     before quantising differ by one code (1/8 of the value at most) in a few elements."""
     return 0.125 * math.sqrt(4.0 / width) / 2

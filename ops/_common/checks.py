@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import itertools
 
+import torch
 from torch import Tensor
 
 from glm5_hal.errors import HalError
 
 
-def in_range(op: str, name: str, tensor: Tensor, low: int, high: int, why: str) -> None:
-    """Every element of an integer tensor is in [low, high)."""
-    if tensor.numel() == 0:
+def in_range(op: str, name: str, tensor: Tensor, low: int, high: int, why: str, *, among: Tensor | None = None) -> None:
+    """Every element of an integer tensor, or every one ``among`` them (a mask), is in [low, high)."""
+    looked_at = tensor if among is None else tensor[among]
+    if looked_at.numel() == 0:
         return
-    smallest, largest = (int(v) for v in tensor.aminmax())
+    smallest, largest = (int(v) for v in looked_at.aminmax())
     if smallest < low or largest >= high:
         wrong = smallest if smallest < low else largest
-        where = (tensor == wrong).nonzero()[0].tolist()
-        raise HalError(
-            "VALUE",
-            f"{op}: {name}{where} is {wrong}; it must be in [{low}, {high}): {why}",
-            value=wrong,
-            fix=f"look at how {name} was built",
-        )
+        found = tensor == wrong if among is None else (tensor == wrong) & among
+        raise _out_of_range(op, name, found.nonzero()[0].tolist(), wrong, low, high, why)
+
+
+def _out_of_range(op: str, name: str, where: list[int], wrong: int, low: int, high: int, why: str) -> HalError:
+    return HalError(
+        "VALUE",
+        f"{op}: {name}{where} is {wrong}; it must be in [{low}, {high}): {why}",
+        value=wrong,
+        fix=f"look at how {name} was built",
+    )
 
 
 def offsets(op: str, name: str, cumulative: Tensor, total: int, what: str) -> None:
@@ -44,9 +50,25 @@ def paged(op: str, block_table: Tensor, seq_lens: Tensor, cache: Tensor) -> None
     num_blocks, page_size = cache.shape[0], cache.shape[1]
     capacity = block_table.shape[1] * page_size
     in_range(op, "seq_lens", seq_lens, 0, capacity + 1, f"the block table has room for {capacity} keys per request")
-    for r, length in enumerate(seq_lens.tolist()):
-        used = block_table[r, : -(-length // page_size)]
-        in_range(op, f"block_table[{r}]", used, 0, num_blocks, f"the cache has {num_blocks} pages")
+    starts = torch.arange(block_table.shape[1], device=seq_lens.device) * page_size
+    why = f"the cache has {num_blocks} pages"
+    in_range(op, "block_table", block_table, 0, num_blocks, why, among=starts < seq_lens[:, None])
+
+
+def chosen(op: str, indices: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor) -> None:
+    """Each token's indices are positions in its own request, or -1. The offsets have been checked."""
+    if indices.numel() == 0:
+        return
+    lengths = seq_lens.repeat_interleave(cu_seqlens_q.diff(), output_size=len(indices))
+    low, high = indices.aminmax(dim=-1)
+    outside = (low < -1) | (high >= lengths)
+    if outside.any():
+        t = int(outside.nonzero()[0])
+        length, smallest = int(lengths[t]), int(low[t])
+        wrong = smallest if smallest < -1 else int(high[t])
+        where = [t, int((indices[t] == wrong).nonzero()[0])]
+        why = f"the request of token {t} has {length} keys, -1 is no key"
+        raise _out_of_range(op, "indices", where, wrong, -1, length, why)
 
 
 def slots(op: str, slot_mapping: Tensor, cache: Tensor) -> None:

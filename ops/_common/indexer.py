@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from glm5_hal.ops._common.attention import stores_in
+from glm5_hal.ops._common.attention import PAGES, stores_in
 from glm5_hal.spec import Arg, Constraint, Scalar
 from glm5_hal.state import FORMATS, formats
 
@@ -34,6 +34,7 @@ def index_constraints(activations: str = "q") -> tuple[Constraint, ...]:
             fits,
             "allocate with glm5_hal.cache_format(name).allocate(num_blocks, page_size, index_head_dim, dtype=...)",
         ),
+        PAGES,
         stores_in("index_cache", activations),
     )
 

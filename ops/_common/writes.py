@@ -15,8 +15,8 @@ SLOTS = Arg("slot_mapping", "T", "int64", "flat slot of each token, block · pag
 
 
 def slots(draw: Draw, tokens: int, total: int, *, skipped: str = "some") -> Tensor:
-    """Different slots in no order; -1 for "some" tokens (every fifth), "all" or "none"."""
-    chosen: Tensor = draw.permutation(total)[:tokens]
+    """Different slots in no order; -1 for "some" tokens (every fifth), "all" (there may be no slot then) or "none"."""
+    chosen: Tensor = draw.permutation(max(total, tokens))[:tokens]
     chosen[{"some": slice(3, None, 5), "all": slice(None), "none": slice(0, 0)}[skipped]] = -1
     return chosen
 

@@ -159,6 +159,15 @@ def test_a_token_is_combined_to_the_same_bits_in_any_batch(form: Any, dtype: tor
         assert torch.equal(form(y, weights[some], inverse[some]), together[some])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_tokens_without_dims_are_combined(dtype: torch.dtype, shared: bool) -> None:
+    y, inverse = torch.ones(4, 0, dtype=dtype), torch.zeros(3, 2, dtype=torch.int32)
+    extra = torch.ones(3, 0, dtype=dtype) if shared else None
+    out = ops.moe_combine(y, torch.ones(3, 2), inverse, extra)
+    assert (out.shape, out.dtype) == ((3, 0), dtype)
+
+
 # --- products --------------------------------------------------------------------------------------------------------
 
 

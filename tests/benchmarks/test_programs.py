@@ -1,0 +1,140 @@
+"""Every benchmark runs, at toy widths, and measures what it says it does. Times are no test's business."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+TESTED = ("dispatch", "memory", "ops_cpu", "transformers_attention")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A benchmark as a module, as fresh as a program. Threads are given back."""
+    threads = torch.get_num_threads()
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    torch.set_num_threads(threads)
+
+
+def test_every_program_is_tested() -> None:
+    assert {p.stem for p in BENCHMARKS.glob("[!_]*.py")} == set(TESTED)
+
+
+# --- dispatch --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [1e9, -1e9])
+def test_dispatch_exits_with_1_where_a_path_is_over_its_budget(
+    load: Any, budget: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = load("dispatch")
+    monkeypatch.setattr(program, "BUDGET", {"table": budget})
+    assert program.main(["--calls", "5", "--repeat", "1"]) == (budget < 0)
+    assert ("over" in capsys.readouterr().out) == (budget < 0)
+    assert program.main(["--calls", "5", "--repeat", "1", "--json"]) == (budget < 0)
+    assert json.loads(capsys.readouterr().out)["within"] == {"table": budget > 0}
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_measures_every_op_in_a_process_of_its_own(
+    load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = load("memory")
+    ops = {p.op: p for p in program.POINTS if p.tokens == 1}
+    monkeypatch.setattr(program, "POINTS", [program.Point(p.op, 1, p.format, keys=128) for p in ops.values()])
+    assert program.main(["--json"]) in (0, 1)  # calls this small may grow by more than they hold
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["op"] for row in rows] == list(ops)
+    assert all(row["keys"] == 128 and row["limit_bytes"] > 0 and row["growth_bytes"] >= 0 for row in rows)
+
+
+# --- the ops beside their peers --------------------------------------------------------------------------------------
+
+
+def test_ops_cpu_measures_every_point(
+    load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = load("ops_cpu")
+    toy = {"HEADS": 1, "LATENT": 128, "ROPE": 2, "HEAD_DIM": 2, "INDEX_HEADS": 1, "INDEX_DIM": 128, "TOP_K": 4}
+    for name, value in toy.items():
+        monkeypatch.setattr(program, name, value)
+    program.main(["--json", "--repeat", "1", "--threads", "1"])
+    found = json.loads(capsys.readouterr().out)
+    assert {row["op"] for row in found["rows"]} == {points.__name__ for points in program.POINTS}
+    for row in found["rows"]:
+        assert row["ms"] > 0
+        assert row["best_peer"] in row["peers_ms"]
+        assert row["limit_ms"] > 0
+    assert found["threads"] == 1
+
+
+def test_ops_cpu_prints_a_table(load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    program = load("ops_cpu")
+    monkeypatch.setattr(program, "limits", lambda repeat: {"float32 GFLOP/s": 1.0, "read GB/s": 1.0})
+    program.main(["--op", "topk_indices", "--repeat", "1"])
+    assert capsys.readouterr().out.count("topk_indices") == 2
+
+
+# --- transformers' attention -----------------------------------------------------------------------------------------
+
+WIDTHS = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 6,
+    "index_n_heads": 4,
+    "index_head_dim": 16,
+    "index_topk": 16,
+}
+
+
+def test_transformers_attention_compares_what_is_the_same(
+    load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers", reason="it needs Python 3.11")
+    program = load("transformers_attention")
+    monkeypatch.setattr(program, "WIDTHS", {**program.WIDTHS, **WIDTHS})
+    monkeypatch.setattr(program, "CACHED", 40)
+    monkeypatch.setattr(program, "PREFILL", 16)
+    monkeypatch.setattr(
+        program, "growths", lambda dtype, _: {w: program.growth(w, getattr(torch, dtype)) for w in program.WAYS}
+    )
+    program.main(["--json", "--dtype", "float32", "--threads", "1", "--repeat", "1"])
+    found = json.loads(capsys.readouterr().out)
+    assert [row["what"] for row in found["rows"]] == [
+        "core, 1 token, 40 cached",
+        "block, 1 token, 40 cached",
+        "block, prefill of 16",
+    ]
+    for row in found["rows"]:
+        assert set(row["ms"]) == {"eager", "sdpa", "ours"}
+        assert row["difference"] < 1e-5  # all three ways computed the same thing
+    assert set(found["prefill_MB"]) == set(program.WAYS)
+    assert found["bound_ms"] > 0
+    program.main(["--dtype", "float32", "--threads", "1", "--repeat", "1"])
+    assert "differ by" in capsys.readouterr().out
