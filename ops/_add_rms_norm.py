@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.ops._common import gains
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.ops._rms_norm import rms_norm, rounded_twice
 from glm5_hal.ops._rms_norm import samples as norm_samples
@@ -78,6 +79,7 @@ SPEC = OpSpec(
         Out("residual_out", "... D", "F", "the sum: the residual stream after this block"),
     ),
     dtypes={"F": FLOATS, "W": FLOATS},
+    constraints=(gains.as_wide("weight"),),
     rounding="the sum in fp32, rounded once into residual_out; the norm in fp32, of the rounded sum or of the fp32 "
     "one; y rounded once at the end, or also before the multiplication by weight",
     attributes=("deterministic", "batch_invariant", "graph_safe"),
@@ -87,5 +89,6 @@ SPEC = OpSpec(
     accuracy={"y": Calibrated(depth=("D",)), "residual_out": BitExact()},
     cost=cost,
     fuzz=fuzz,
+    errors=gains.errors("weight"),
     source="spec 2, 2.1; vLLM's fused_add_rms_norm norms the rounded sum, FlashInfer's the fp32 one",
 )

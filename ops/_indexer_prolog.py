@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_hal.ops._common import checks, writes
+from glm5_hal.ops._common import checks, gains, writes
 from glm5_hal.ops._common.draws import weight, weight_scale
 from glm5_hal.ops._common.indexer import INDEX_ARGS, INDEX_SCALARS, index_constraints
 from glm5_hal.ops._common.precision import down, linear, up
@@ -178,8 +178,8 @@ SPEC = OpSpec(
         Arg("q_c", "T Q", "F", "the normed query latent, from mla_prolog"),
         Arg("w_k", "D E", "F", "indexer.wk"),
         Arg("w_q_b", "num_heads*D Q", "F", "indexer.wq_b: per head rope rows, then the others"),
-        Arg("k_norm_weight", "D", "W", "gain of indexer.k_norm"),
-        Arg("k_norm_bias", "D", "W", "bias of indexer.k_norm"),
+        Arg("k_norm_weight", "D", "W", "gain of indexer.k_norm, in the activations' dtype or float32"),
+        Arg("k_norm_bias", "D", "W", "bias of indexer.k_norm, in its gain's dtype"),
         Arg("w_weights", "num_heads E", "V", "indexer.weights_proj, in the activations' dtype or float32"),
         *ROPE_TABLES,
         next(a for a in INDEX_ARGS if a.name == "index_cache"),
@@ -202,6 +202,7 @@ SPEC = OpSpec(
     dtypes={"F": FLOATS, "W": FLOATS, "V": FLOATS, "A": ("float32", "float64"), "C": (*FLOATS, "uint8")},
     constraints=(
         *index_constraints("x"),
+        gains.as_wide("k_norm_weight", "k_norm_bias", "w_weights"),
         Constraint(
             "the rope dims, twice the width of cos, fit into D", _rope_fits, "pass cos and sin as [T, R/2], R <= D"
         ),
@@ -222,6 +223,7 @@ SPEC = OpSpec(
     check_values=check_values,
     errors=(
         *writes.slot_errors("index_cache"),
+        *gains.errors("k_norm_weight", "w_weights"),
         BadInput("num_heads_wrong", "SHAPE", lambda args: {**args, "num_heads": args["num_heads"] + 1}),
         BadInput("eps_negative", "SCALAR", lambda args: {**args, "eps": -1e-6}),
         BadInput("layout_unknown", "SCALAR", lambda args: {**args, "layout": "neox"}),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_hal.ops._common import checks, writes
+from glm5_hal.ops._common import checks, gains, writes
 from glm5_hal.ops._common.attention import LATENT_CACHE, cache_constraints
 from glm5_hal.ops._common.draws import cancelling, mirrored, weight
 from glm5_hal.ops._common.precision import linear, matmul
@@ -161,12 +161,12 @@ SPEC = OpSpec(
     args=(
         Arg("x", "T E", "F", "hidden states, after the layer's input norm"),
         Arg("w_q_a", "Q E", "F", "q_a_proj"),
-        Arg("q_a_norm", "Q", "W", "gain of q_a_layernorm"),
+        Arg("q_a_norm", "Q", "W", "gain of q_a_layernorm, in the activations' dtype or float32"),
         Arg("w_uk", "H K L", "F", "kv_b_proj's k_nope rows, per head"),
         *ROPE_TABLES,
         Arg("w_q_b", "H*(K+2*I) Q", "F", "q_b_proj: per head nope rows, then rope rows"),
         Arg("w_kv_a", "L+2*I E", "F", "kv_a_proj_with_mqa: latent rows, then rope rows"),
-        Arg("kv_a_norm", "L", "W", "gain of kv_a_layernorm"),
+        Arg("kv_a_norm", "L", "W", "gain of kv_a_layernorm, in the activations' dtype or float32"),
         *LATENT_CACHE[:1],
         writes.SLOTS,
         *LATENT_CACHE[1:],
@@ -183,7 +183,7 @@ SPEC = OpSpec(
     ),
     mutates=("kv_cache", "rope_cache"),
     dtypes={"F": FLOATS, "W": FLOATS, "A": ("float32", "float64"), "C": (*FLOATS, "uint8")},
-    constraints=cache_constraints("L", "2*I", "x"),
+    constraints=(*cache_constraints("L", "2*I", "x"), gains.as_wide("q_a_norm", "kv_a_norm")),
     rounding="each projection, the absorbed query, each norm and each rope accumulates in fp32 and is rounded to F; "
     "a kernel that keeps more of these in fp32 is closer to the truth; stored as mla_cache_write does",
     attributes=("deterministic", "batch_invariant", "graph_safe"),
@@ -200,6 +200,7 @@ SPEC = OpSpec(
     check_values=check_values,
     errors=(
         *writes.slot_errors("kv_cache"),
+        *gains.errors("q_a_norm", "kv_a_norm"),
         BadInput("eps_negative", "SCALAR", lambda args: {**args, "eps": -1e-6}),
         BadInput("layout_unknown", "SCALAR", lambda args: {**args, "layout": "neox"}),
     ),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.ops._common import gains
 from glm5_hal.ops._common.precision import down, stored, up
 from glm5_hal.spec import FLOATS, Arg, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample, Scalar
 
@@ -67,6 +68,7 @@ SPEC = OpSpec(
     scalars=(Scalar("eps", "added to the mean square, 1e-5 or 1e-6", low=0.0),),
     outs=(Out("y", "... D", "F", "normalised activations"),),
     dtypes={"F": FLOATS, "W": FLOATS},
+    constraints=(gains.as_wide("weight"),),
     rounding="computed in fp32; rounded once at the end, or also before the multiplication by weight",
     attributes=("deterministic", "batch_invariant", "graph_safe"),
     samples=samples,
@@ -74,5 +76,6 @@ SPEC = OpSpec(
     accuracy={"y": Calibrated(depth=("D",))},
     cost=cost,
     fuzz=fuzz,
+    errors=gains.errors("weight"),
     source="spec 2.1; Zhang and Sennrich, arXiv:1910.07467",
 )

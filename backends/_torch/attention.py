@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from glm5_hal.backend import kernel
-from glm5_hal.backends._torch.caches import Tiles, accumulation, in_host_memory
+from glm5_hal.backends._torch.caches import Tiles
+from glm5_hal.backends._torch.numbers import accumulation, in_host_memory
 from glm5_hal.ops._common.paging import requests
 from glm5_hal.state import FORMATS, host_list
 

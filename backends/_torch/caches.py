@@ -11,20 +11,9 @@ import torch
 from torch import Tensor
 
 from glm5_hal.backend import kernel
+from glm5_hal.backends._torch.numbers import in_host_memory
 from glm5_hal.ops._common import caches as bytes_of
 from glm5_hal.state import FORMATS, CacheFormat
-
-#: Device types whose tensors the host can look at for nothing. Elsewhere it would have to wait for the device.
-HOST_MEMORY = {"cpu"}
-
-
-def in_host_memory(tensor: Tensor) -> bool:
-    return tensor.device.type in HOST_MEMORY
-
-
-def accumulation(tensor: Tensor) -> torch.dtype:
-    """float64 where the tensor has that, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 class Tiles:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from glm5_hal.backend import kernel
+from glm5_hal.backends._torch.numbers import accumulation
 
 ROW_BY_ROW = ("deterministic", "batch_invariant", "graph_safe")
 
 
 @kernel("rope", "torch", provides=ROW_BY_ROW)
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "interleaved") -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulation(x)
     per_token = (x.shape[0], *[1] * (x.dim() - 2), cos.shape[1])
     c, s = cos.to(dtype).reshape(per_token), sin.to(dtype).reshape(per_token)
     wide, y = x.to(dtype), torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -31,7 +32,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "interleaved") ->
 
 @kernel("silu_and_mul", "torch", provides=ROW_BY_ROW)
 def silu_and_mul(x: Tensor, *, limit: float | None = None) -> Tensor:
-    gate, up = (t if t.dtype.itemsize >= 4 else t.float() for t in x.chunk(2, -1))
+    gate, up = (t.to(accumulation(x)) for t in x.chunk(2, -1))
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     below = torch.neg(gate).exp_().add_(1.0)
@@ -41,7 +42,7 @@ def silu_and_mul(x: Tensor, *, limit: float | None = None) -> Tensor:
 @kernel("hadamard", "torch", provides=ROW_BY_ROW)
 def hadamard(x: Tensor, *, scale: float) -> Tensor:
     D = x.shape[-1]
-    y = (x if x.dtype.itemsize >= 4 else x.float()).reshape(x.numel() // D, D)
+    y = x.to(accumulation(x)).reshape(x.numel() // D, D)
     for _ in range(D.bit_length() - 1):  # each pass is the same: neighbours go to the two halves
         a, b = y[:, 0::2], y[:, 1::2]
         y = torch.cat((a + b, a - b), -1)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from glm5_hal.backend import kernel
-from glm5_hal.backends._torch.caches import Tiles, accumulation
+from glm5_hal.backends._torch.caches import Tiles
+from glm5_hal.backends._torch.numbers import accumulation
 from glm5_hal.backends._torch.topk import choose
 from glm5_hal.ops._common.paging import requests
 from glm5_hal.state import FORMATS

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from glm5_hal.backend import kernel
-from glm5_hal.backends._torch import caches
+from glm5_hal.backends._torch.numbers import accumulation, in_host_memory
 from glm5_hal.ops._common.precision import multiply
 from glm5_hal.state import host_list
 
@@ -88,11 +88,11 @@ def grouped_gemm(x: Tensor, weight: Tensor, expert_offsets: Tensor, *, weight_fo
 
 @kernel("moe_combine", "torch", provides=("deterministic", "batch_invariant", "graph_safe"))
 def moe_combine(y: Tensor, topk_weights: Tensor, inverse_ids: Tensor, shared: Tensor | None = None) -> Tensor:
-    weights = topk_weights.to(torch.float64 if y.dtype == torch.float64 else torch.float32)
+    weights = topk_weights.to(accumulation(y))
     if y.numel() == 0:
         out = weights.new_zeros(len(weights), y.shape[1])
     else:
-        out = (_bags if y.device.type in caches.HOST_MEMORY else _slot_by_slot)(y, weights, inverse_ids)
+        out = (_bags if in_host_memory(y) else _slot_by_slot)(y, weights, inverse_ids)
     if shared is not None:
         out += shared
     return out.to(y.dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from glm5_hal.backend import kernel
+from glm5_hal.backends._torch.numbers import accumulation
 from glm5_hal.capability import limit
 
 CLAIMS = ("deterministic", "batch_invariant", "graph_safe")
@@ -27,5 +28,5 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> 
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.dtype if x.dtype.itemsize >= 4 else torch.float32
+    wide = accumulation(x)
     return functional.rms_norm(x.to(wide), x.shape[-1:], weight.to(wide), eps).to(x.dtype).contiguous()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal.backend import kernel
-from glm5_hal.backends._torch.caches import in_host_memory
+from glm5_hal.backends._torch.numbers import in_host_memory
 
 #: One score in so many is looked at to guess how high the chosen ones lie.
 STRIDE = 16

@@ -6,32 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 
-class References:
-    """``REFERENCES.rms_norm(...)`` is the reference of rms_norm, undispatched."""
+class Namespace:
+    """``REFERENCES.rms_norm(...)``: an op by its name, undispatched, as ``find`` has it."""
+
+    def __init__(self, find: Callable[[str], Callable[..., Any]]) -> None:
+        self._find = find
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         from glm5_hal.ops import specs
 
         if name not in specs():
             raise AttributeError(name)
-        return reference_of(name)
-
-
-REFERENCES = References()
-
-
-class Emulations:
-    """``EMULATIONS.rms_norm(...)`` is rms_norm with the loosest roundings of its contract."""
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        from glm5_hal.ops import specs
-
-        if name not in specs():
-            raise AttributeError(name)
-        return specs()[name].emulate or reference_of(name)
-
-
-EMULATIONS = Emulations()
+        return self._find(name)
 
 
 def loosest(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,6 +27,13 @@ def loosest(body: Callable[..., Any]) -> Callable[..., Any]:
         return body(EMULATIONS, *args, **kwargs)
 
     return emulate
+
+
+def emulation_of(name: str) -> Callable[..., Any]:
+    """An op with the loosest roundings of its contract."""
+    from glm5_hal.ops import specs
+
+    return specs()[name].emulate or reference_of(name)
 
 
 def reference_of(name: str) -> Callable[..., Any]:
@@ -58,3 +51,6 @@ def reference_of(name: str) -> Callable[..., Any]:
     reference.__doc__ = spec.doc
     reference.__signature__ = spec.signature  # type: ignore[attr-defined]
     return reference
+
+
+REFERENCES, EMULATIONS = Namespace(reference_of), Namespace(emulation_of)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from glm5_hal.backends._torch import attention, caches, indexer
+from glm5_hal.backends._torch import attention, indexer, numbers
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -37,4 +37,4 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def far_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels take the CPU for a device whose memory the host has to wait for."""
-    monkeypatch.setattr(caches, "HOST_MEMORY", set())
+    monkeypatch.setattr(numbers, "HOST_MEMORY", set())
