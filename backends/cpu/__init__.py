@@ -1,4 +1,5 @@
-"""The CPU: providers ``torch`` (tiled plain torch) and ``reference`` (the executable semantics, only when named)."""
+"""The CPU: providers ``sdpa`` (torch's fused attention), ``torch`` (tiled plain torch) and ``reference`` (executable
+semantics, only when named)."""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ def _model() -> str:
 
 def kernels() -> Sequence[Kernel]:
     from glm5_hal.backends import _torch
-    from glm5_hal.backends.cpu import reference
+    from glm5_hal.backends.cpu import reference, sdpa
 
-    return (*_torch.kernels(), *reference.kernels())
+    return (*sdpa.kernels(), *_torch.kernels(), *reference.kernels())
 
 
 @hookimpl
