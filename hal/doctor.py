@@ -65,6 +65,7 @@ def examine(timeout: float = 20.0) -> Diagnosis:
         settings = {
             "GLM5_BACKEND": f"{found.policy.text} ({found.policy.provenance})",
             "GLM5_LOG": f"{found.log.level} ({found.log.provenance})",
+            "GLM5_SHADOW": f"{found.shadow} ({found.shadow.provenance})",
         }
         settings |= dict.fromkeys(found.foreign, "not ours: ignored")
     except HalError as wrong:

@@ -20,6 +20,7 @@ from functools import lru_cache
 
 from glm5_hal import shadow
 from glm5_hal.errors import HalError, shown, suggest
+from glm5_hal.files import appendable
 from glm5_hal.shadow import Shadow
 
 VARIABLES = ("GLM5_BACKEND", "GLM5_LOG", "GLM5_SHADOW")
@@ -197,12 +198,9 @@ def _log(text: str) -> LogSetting:
     if level == "jsonl":
         if not path.strip():
             raise bad("the file is missing", "write jsonl:PATH")
-        path = os.path.abspath(os.path.expanduser(path.strip()))
-        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
-            where = (
-                "is a folder" if os.path.isdir(path) else f"cannot be made: there is no folder {os.path.dirname(path)}"
-            )
-            raise bad(f"the file {path} {where}", "name a file in a folder that exists")
+        path, problem = appendable(path.strip())
+        if problem:
+            raise bad(problem, "name a file that can be written, in a folder that exists")
         return LogSetting("jsonl", path, "GLM5_LOG")
     if colon or level not in LOG_CHOICES:
         raise bad("this is not among the choices", suggest(level.lower(), LOG_CHOICES))
