@@ -189,4 +189,5 @@ class Backend:
 
     @property
     def api_range(self) -> tuple[int, int]:
-        return (self.hal_api, self.hal_api) if isinstance(self.hal_api, int) else self.hal_api
+        """Lowest and highest version; of the types that it was declared with, right or wrong."""
+        return self.hal_api if isinstance(self.hal_api, tuple) else (self.hal_api, self.hal_api)

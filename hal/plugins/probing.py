@@ -58,7 +58,7 @@ def _lacking(backend: Backend) -> Unavailable | None:
 
 def hardware_fix(record: PluginRecord) -> str:
     """What to do where the driver is the suspect."""
-    smi = " ".join(record.backend.smi) if record.backend is not None else ""
+    smi = " ".join(record.smi)
     return f"see whether {f'`{smi}`' if smi else 'the driver'} answers; {record.remedy}"
 
 

@@ -214,7 +214,7 @@ def ward(tmp_path: Path, fresh: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_broken_plugins_are_named_with_reason_and_fix(ward: Path, fresh: pytest.MonkeyPatch) -> None:
-    context._process.catalogue = Catalogue([r for r in plugins.discover() if not r.builtin])
+    context._process.catalogue = Catalogue([r for r in Catalogue(plugins.find()).records if not r.builtin])
     found = examine(timeout=2.0)
     assert not found.ok
     patients: dict[str, list[Patient]] = {}
@@ -254,7 +254,8 @@ def test_everything_else_works_beside_broken_plugins(
 
 
 def test_the_built_in_backend_is_well() -> None:
-    with installed(*[r for r in plugins.discover() if r.name == "cpu" and r.builtin]):
+    with installed(*[r for r in Catalogue(plugins.find()).records if r.name == "cpu" and r.builtin]):
         (found,) = examine(timeout=60).backends
     assert (found.state, found.kernel) == ("ok", "rms_norm on cpu:torch: right")
+    assert found.communicator == "gloo", "told by the child, which alone has loaded it"
     assert doctor.REPORTED[0] in examine.__globals__["REPORTED"]
