@@ -8,7 +8,8 @@ from typing import Any
 
 from glm5_hal import plugins
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
-from glm5_hal.capability import Requirement, one_of
+from glm5_hal.capability import one_of
+from glm5_hal.decision import Requirement
 from glm5_hal.errors import HalError, suggest
 from glm5_hal.metadata import axis_names
 from glm5_hal.plugins import PluginRecord

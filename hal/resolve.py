@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
-from glm5_hal.capability import ACCEPTED, Accepted, Decision, Rejected, Requirement
+from glm5_hal.decision import ACCEPTED, Accepted, Decision, Rejected, Requirement
 from glm5_hal.errors import HalError
 from glm5_hal.plugins.isolation import told
 from glm5_hal.policy import Target

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 from glm5_hal.backend import HAL_API, Backend
+from glm5_hal.packages import is_range
 from glm5_hal.plugins.isolation import kind_of
 from glm5_hal.plugins.record import DISTRIBUTION, Defect, PluginRecord
 
@@ -34,7 +35,10 @@ def _check_fields(record: PluginRecord, backend: Backend, written: str) -> None:
         if not isinstance(value, kind):
             reason = f"Backend.{field} is {kind_of(value)}, it should be {kind.__name__}{written}"
             raise Defect("FIELD", reason, f"correct {field}; {record.remedy}")
-    words = [("communicator", backend.communicator or ""), *(("smi", word) for word in backend.smi)]
+    words: list[tuple[str, object]] = [
+        ("communicator", backend.communicator or ""),
+        *(("smi", word) for word in backend.smi),
+    ]
     for field, word in words:  # a child process tells of them in JSON
         if not isinstance(word, str):
             reason = f"Backend.{field} holds {kind_of(word)}, it should hold text{written}"
@@ -55,14 +59,8 @@ def _check_api(record: PluginRecord, backend: Backend, written: str) -> None:
 
 
 def _check_requires(backend: Backend, written: str) -> None:
-    from packaging.specifiers import InvalidSpecifier, SpecifierSet
-
     for name, versions in backend.requires.items():
-        try:
-            good = isinstance(versions, str) and _DIST_NAME.fullmatch(name) and SpecifierSet(versions) is not None
-        except (InvalidSpecifier, TypeError):
-            good = False
-        if not good:
+        if not (isinstance(name, str) and _DIST_NAME.fullmatch(name) and is_range(versions)):
             reason = f"requires {{{name!r}: {versions!r}}} is not a distribution and its versions{written}"
             raise Defect("REQUIRES", reason, "write versions as PEP 440 has them: requires={'name': '>=2.9'}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from glm5_hal.backend import Backend, Device, Unavailable
-from glm5_hal.capability import package_problem
+from glm5_hal.packages import package_problem
 from glm5_hal.plugins.isolation import defined_at, guarded, kind_of, told
 from glm5_hal.plugins.record import PluginRecord
 

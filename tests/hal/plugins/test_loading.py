@@ -169,6 +169,20 @@ BROKEN: dict[str, tuple[str, str, str, str, str]] = {
         "@hookimpl",
         "correct priority",
     ),
+    "a status command in bytes": (
+        backend(smi=(b"acme-smi",)),
+        "FIELD",
+        "Backend.smi holds bytes, it should hold text",
+        "@hookimpl",
+        "correct smi",
+    ),
+    "a communicator that is no name": (
+        backend(communicator=7),
+        "FIELD",
+        "Backend.communicator holds int",
+        "@hookimpl",
+        "correct communicator",
+    ),
     "requirements that are a list": (
         backend(requires=["torch"]),
         "FIELD",
