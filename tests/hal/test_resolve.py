@@ -28,8 +28,8 @@ from glm5_hal.capability import (
     package,
     when,
 )
-from glm5_hal.explanation import described, shape_of
-from glm5_hal.metadata import axis_names
+from glm5_hal.explanation import described
+from glm5_hal.metadata import axis_names, shape_of
 from glm5_hal.ops import specs
 from glm5_hal.ops._common.references import reference_of
 from glm5_hal.plugins import PluginRecord
