@@ -34,13 +34,13 @@ _HOME = {
     "Kernel": "backend",
     "kernel": "backend",
     "kernels_of": "backend",
-    "StepPlan": "state",
-    "CacheFormat": "state",
-    "Prepared": "state",
-    "cache_format": "state",
-    "preferred_formats": "state",
-    "prepare": "state",
-    "rope_tables": "state",
+    "StepPlan": "plan",
+    "CacheFormat": "formats",
+    "Prepared": "prepared",
+    "cache_format": "formats",
+    "preferred_formats": "formats",
+    "prepare": "prepared",
+    "rope_tables": "rope",
 }
 
 __all__ = ["__version__", "ops", *_HOME]
@@ -57,17 +57,17 @@ if TYPE_CHECKING:  # `as` re-exports them: type checkers cannot read a starred _
     from glm5_hal.context import use as use
     from glm5_hal.errors import HalError as HalError
     from glm5_hal.explanation import explain as explain
+    from glm5_hal.formats import CacheFormat as CacheFormat
+    from glm5_hal.formats import cache_format as cache_format
+    from glm5_hal.formats import preferred_formats as preferred_formats
     from glm5_hal.hookspecs import hookimpl as hookimpl
     from glm5_hal.observe import clear_counts as clear_counts
     from glm5_hal.observe import counts as counts
     from glm5_hal.observe import watch as watch
-    from glm5_hal.state import CacheFormat as CacheFormat
-    from glm5_hal.state import Prepared as Prepared
-    from glm5_hal.state import StepPlan as StepPlan
-    from glm5_hal.state import cache_format as cache_format
-    from glm5_hal.state import preferred_formats as preferred_formats
-    from glm5_hal.state import prepare as prepare
-    from glm5_hal.state import rope_tables as rope_tables
+    from glm5_hal.plan import StepPlan as StepPlan
+    from glm5_hal.prepared import Prepared as Prepared
+    from glm5_hal.prepared import prepare as prepare
+    from glm5_hal.rope import rope_tables as rope_tables
 
 
 def __getattr__(name: str) -> Any:

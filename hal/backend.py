@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from glm5_hal.capability import Requirement
+from glm5_hal.decision import Requirement
 from glm5_hal.errors import HalError
 from glm5_hal.signature import Facts
 
 #: The contract's versions that this core speaks, lowest and highest.
 HAL_API = (1, 1)
+
+#: What a backend or a provider may be called, so that a policy can name it.
+NAME = re.compile(r"[a-z][a-z0-9_-]*")
 
 #: How strongly a result speaks about hardware, strongest first. Only "hardware" may be called conformant.
 EVIDENCE = ("hardware", "emulated", "interpreted", "simulated", "compiled")
@@ -134,9 +137,6 @@ def kernels_of(*modules: ModuleType) -> tuple[Kernel, ...]:
     return tuple(value for module in modules for value in vars(module).values() if isinstance(value, Kernel))
 
 
-_NAME = re.compile(r"[a-z][a-z0-9_-]*")
-
-
 @dataclass(frozen=True)
 class Backend:
     """One accelerator's plugin object.
@@ -151,7 +151,7 @@ class Backend:
         requires: distributions and version ranges that the backend needs, checked before the probe.
         priority: higher comes first among outside plugins of one device type.
         communicator: the torch.distributed backend's name ("nccl", "hccl"), if there is one.
-        cache_formats: preferred formats first, by kind ("latent", "index"); names of `glm5_hal.state.FORMATS`.
+        cache_formats: preferred formats first, by kind ("latent", "index"); names of `glm5_hal.formats.FORMATS`.
         prepare: turns an op's plain weights into the backend's own form, once, at load time.
         smi: the vendor's status command, for `doctor`.
     """
@@ -171,7 +171,7 @@ class Backend:
     smi: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
             raise HalError(
                 "CONTRACT",
                 f"backend name {self.name!r} is not usable",
@@ -189,4 +189,5 @@ class Backend:
 
     @property
     def api_range(self) -> tuple[int, int]:
-        return (self.hal_api, self.hal_api) if isinstance(self.hal_api, int) else self.hal_api
+        """Lowest and highest version; of the types that it was declared with, right or wrong."""
+        return self.hal_api if isinstance(self.hal_api, tuple) else (self.hal_api, self.hal_api)

@@ -1,55 +1,40 @@
-"""Capability as data: what a kernel asks of a call, and the typed answer.
+"""Capability as data: what a kernel asks of a call.
 
-A requirement names what it reads, so that the dispatcher's table key holds just that, and answers a call with
-:class:`Accepted` or :class:`Rejected` (code, detail, fix). The same objects drive dispatch, ``explain``, the support
-matrix and the conformance verdict UNSUPPORTED.
+A requirement names what it reads, and answers a call with :class:`Accepted` or :class:`Rejected` (code, detail, fix).
+The same objects drive dispatch, ``explain``, the support matrix and the conformance verdict UNSUPPORTED. Dtypes, sizes,
+devices and scalars are always part of the dispatcher's table key; strides join it where a requirement reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+from glm5_hal.decision import ACCEPTED, Accepted, Decision, Rejected, Requirement
 from glm5_hal.errors import HalError
+from glm5_hal.packages import is_range, package_problem
 from glm5_hal.signature import Facts, Signature
 
-
-@dataclass(frozen=True)
-class Accepted:
-    def __str__(self) -> str:
-        return "accepted"
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A typed no. ``patch`` is the fix in a form that a program can apply to the call: ((name, new value), ...);
-    names are axes, scalars, ``tensor.dtype``, ``tensor.strides`` (None: contiguous), or an optional tensor (None: leave
-    it out). It is empty where the fix is outside the call."""
-
-    code: str
-    detail: str
-    fix: str
-    patch: tuple[tuple[str, Any], ...] = ()
-
-    def __str__(self) -> str:
-        return f"rejected  {self.code}  {self.detail}  -> {self.fix}"
-
-
-Decision = Accepted | Rejected
-ACCEPTED = Accepted()
-
-
-@runtime_checkable
-class Requirement(Protocol):
-    """``reads`` names what the answer depends on: ("q", "dtype"), ("q", "shape"), ("q", "strides"), ("k", "value")."""
-
-    @property
-    def reads(self) -> frozenset[tuple[str, str]]: ...
-
-    def test(self, call: Signature, facts: Facts) -> Decision: ...
-
-    def describe(self) -> str: ...
+__all__ = [
+    "ACCEPTED",
+    "Accepted",
+    "Decision",
+    "Rejected",
+    "Requirement",
+    "absent",
+    "arch",
+    "at_least",
+    "contiguous",
+    "dtype",
+    "feature",
+    "limit",
+    "multiple_of",
+    "one_of",
+    "package",
+    "package_problem",
+    "when",
+]
 
 
 @dataclass(frozen=True)
@@ -294,14 +279,8 @@ def feature(name: str, fix: str) -> Requirement:
 
 def package(name: str, versions: str) -> Requirement:
     """The distribution ``name`` is installed in a version within ``versions`` (PEP 440, ">=2.9")."""
-    from packaging.specifiers import InvalidSpecifier, SpecifierSet
-
-    try:
-        SpecifierSet(versions)
-    except InvalidSpecifier:
-        _demand(
-            False, f"package({name!r}, {versions!r}): these are no versions", "write them as PEP 440 has them: '>=2.9'"
-        )
+    what = f"package({name!r}, {versions!r}): these are no versions"
+    _demand(is_range(versions), what, "write them as PEP 440 has them: '>=2.9'")
     return _Package(name, versions)
 
 
@@ -316,20 +295,3 @@ def when(
 def _demand(good: object, what: str, fix: str) -> None:
     if not good:
         raise HalError("CONTRACT", what, fix=fix)
-
-
-def package_problem(name: str, versions: str, known: Mapping[str, str] | None = None) -> str | None:
-    """None if the distribution is installed within ``versions``; else what is wrong, in words."""
-    from importlib import metadata
-
-    from packaging.specifiers import SpecifierSet
-    from packaging.version import InvalidVersion, Version
-
-    try:
-        found = (known or {}).get(name) or metadata.version(name)
-        inside = Version(found) in SpecifierSet(versions, prereleases=True)
-    except metadata.PackageNotFoundError:
-        return f"{name}{versions} is needed and {name} is not installed"
-    except InvalidVersion:
-        return f"{name}{versions} is needed and the version found, {found!r}, cannot be read"
-    return None if inside else f"{name}{versions} is needed and {found} is installed"

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from glm5_hal import plugins
-from glm5_hal.backend import Device, Kernel, Unavailable
-from glm5_hal.capability import Requirement, one_of
+from glm5_hal.backend import Backend, Device, Kernel, Unavailable
+from glm5_hal.capability import one_of
+from glm5_hal.decision import Requirement
 from glm5_hal.errors import HalError, suggest
 from glm5_hal.metadata import axis_names
 from glm5_hal.plugins import PluginRecord
@@ -72,6 +73,13 @@ class Catalogue:
             raise HalError("UNKNOWN", f"no backend {name!r}", value=name, fix=suggest(name, self.names))
         return min(self.named(name), key=lambda r: r.status != "ok")
 
+    def backend(self, name: str) -> Backend:
+        """A backend's plugin object. Raises HalError: UNKNOWN, or PLUGIN where the plugin is not usable."""
+        record = self.record(name)
+        if record.backend is None:
+            raise HalError("PLUGIN", f"backend {name}: {record.reason}", value=name, fix=record.fix)
+        return record.backend
+
     def device(self, name: str) -> Device | Unavailable:
         """What the backend's probe found, asked once per process."""
         with self._lock:
@@ -105,33 +113,48 @@ class Catalogue:
         return tuple(dict.fromkeys(k.provider for k in self.all_kernels(name)))
 
     def _load(self, name: str) -> tuple[Kernel, ...]:
-        from glm5_hal.dispatch import default_of
         from glm5_hal.ops import specs
 
-        known = specs()
-        loaded = plugins.load_kernels(self.record(name), {n: s.signature for n, s in known.items()})
+        known, record = specs(), self.record(name)
+        loaded = plugins.load_kernels(record, {n: s.signature for n, s in known.items()})
         for kernel in loaded:
-            _check_requirements(kernel, known[kernel.op], f"plugin {name}")
+            _check_requirements(kernel, known[kernel.op], record)
         formatted = tuple(_plain_weights_unless_declared(k, "weight_format" in known[k.op].options) for k in loaded)
-        return formatted + tuple(_default(s, default_of(s)) for s in known.values() if s.composite)
+        return formatted + tuple(_default(s) for s in known.values() if s.composite)
 
 
-def _default(spec: OpSpec, fn: Callable[..., Any]) -> Kernel:
+def _default(spec: OpSpec) -> Kernel:
     """A composite's default as a kernel: what is asked of it is asked of its parts in their turn."""
+    fn = _composite(spec)
     if not spec.own_products:
         return Kernel(spec.name, "composite", fn, provides=frozenset(spec.attributes))
     claims = frozenset(spec.attributes) - {"batch_invariant"}
     return _plain_weights_unless_declared(Kernel(spec.name, "composite", fn, provides=claims), True)
 
 
+def _composite(spec: OpSpec) -> Callable[..., Any]:
+    """A composite's body over the dispatched ops, each resolved in its turn."""
+    from glm5_hal import ops
+
+    body = spec.reference
+
+    def composite(*args: Any, **kwargs: Any) -> Any:
+        return body(ops, *args, **kwargs)
+
+    composite.__name__ = f"{spec.name}_composite"
+    composite.__signature__ = spec.signature  # type: ignore[attr-defined]
+    return composite
+
+
 #: What a requirement may read of a tensor; of an axis or a scalar it reads the "value".
 _READABLE = ("dtype", "shape", "strides", "device")
 
 
-def _check_requirements(kernel: Kernel, spec: OpSpec, whose: str) -> None:
+def _check_requirements(kernel: Kernel, spec: OpSpec, record: PluginRecord) -> None:
     """Whatever a requirement reads must be there: a misspelt limit would never bind."""
+    whose = f"plugin {record.name}: kernel {kernel.op} of provider {kernel.provider}"
     for requirement in kernel.requires:
-        for name, what in _reads(requirement, kernel, whose):
+        for name, what in _reads(requirement, whose, record.root):
             known = (
                 {*spec.tensors}
                 if what in _READABLE
@@ -142,21 +165,22 @@ def _check_requirements(kernel: Kernel, spec: OpSpec, whose: str) -> None:
             if name not in known:
                 raise HalError(
                     "CONTRACT",
-                    f"{whose}: kernel {kernel.op} of provider {kernel.provider} requires {described(requirement)!r}, "
-                    f"which reads the {what} of {name!r}, and its op has no such thing",
+                    f"{whose} requires {described(requirement)!r}, which reads the {what} of {name!r}, and its op has "
+                    "no such thing",
                     value=(name, what),
                     fix=suggest(name, known) if known else f"read among value, {', '.join(_READABLE)}",
                 )
 
 
-def _reads(requirement: Requirement, kernel: Kernel, whose: str) -> list[tuple[str, str]]:
+def _reads(requirement: Requirement, whose: str, root: str) -> list[tuple[str, str]]:
     try:
         return [(str(name), str(what)) for name, what in requirement.reads]
-    except Exception as problem:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as problem:  # of a vendor's own requirement, which may raise anything, SystemExit too
         raise HalError(
             "CONTRACT",
-            f"{whose}: kernel {kernel.op} of provider {kernel.provider}: what {described(requirement)!r} reads is not "
-            f"known: {told(problem)[0]}",
+            f"{whose}: what {described(requirement)!r} reads is not known: {told(problem, root)[0]}",
             value=requirement,
             fix='let reads be a frozenset of pairs such as ("x", "dtype")',
         ) from problem

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from glm5_hal.conformance import cli as conformance
-from glm5_hal.errors import HalError
+from glm5_hal.errors import HalError, suggest
+from glm5_hal.shadow import FILE
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,30 +47,25 @@ def main() -> None:
         sys.exit(3 if problem.code in UNAVAILABLE else 1 if problem.code in FAILURES else 2)
 
 
+def _print(as_json: bool, data: object, shown: Callable[[], Sequence[RenderableType]]) -> None:
+    """What a command found: as one JSON object, or as tables, made only then, and plain text below them."""
+    if as_json:
+        typer.echo(json.dumps(data, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    for part in shown():
+        typer.echo(part) if isinstance(part, str) else console.print(part)
+
+
 @app.command("list")
 def list_everything(as_json: Json = False) -> None:
     """List ops, backends, providers and cache formats."""
-    from glm5_hal.inventory import inventory
+    from glm5_hal.inventory import inventory, tables
 
     found = inventory()
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    ops = Table("op", "group", "since", "what it computes", header_style="bold")
-    for op in found["ops"]:
-        ops.add_row(op["name"], op["group"], str(op["since"]), op["summary"])
-    backends = Table("backend", "status", "device", "providers", "from", header_style="bold")
-    for b in found["backends"]:
-        backends.add_row(
-            b["name"], b["status"], b["device_type"], ", ".join(b["providers"]), f"{b['dist']} {b['version']}"
-        )
-    formats = Table("cache format", "kind", "layout", header_style="bold")
-    for f in found["cache_formats"]:
-        formats.add_row(f["name"], f["kind"], f["layout"])
-    Console(markup=False).print(ops, backends, formats, sep="\n")
+    _print(as_json, found, lambda: tables(found))
 
 
 @app.command()
@@ -80,16 +80,11 @@ def doctor(
     from glm5_hal.doctor import examine, render
 
     found = examine(timeout)
-    if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
-    else:
-        from rich.console import Console
-
-        Console().print(render(found))
+    _print(as_json, found.as_dict(), lambda: [render(found)])
     raise typer.Exit(0 if found.ok else 1)
 
 
-@app.command(context_settings={"allow_extra_args": False})
+@app.command()
 def explain(
     op: Annotated[str, typer.Argument(help="An op of `glm5-hal list`.")],
     settings: Annotated[
@@ -111,7 +106,7 @@ def explain(
     changes = dict(_setting(text) for text in settings or [])
     with use(backend, require=require):
         found = ask(op, **changes)
-    typer.echo(json.dumps(found.as_dict(), indent=2) if as_json else str(found))
+    _print(as_json, found.as_dict(), lambda: [str(found)])
     raise typer.Exit(0 if found.ok else 1)
 
 
@@ -135,12 +130,7 @@ def params(
     from glm5_hal import params as counting
 
     found = counting.report(counting.load(model), context)
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
-    from rich.console import Console
-
-    Console().print(counting.render(found))
+    _print(as_json, found, lambda: [counting.render(found)])
 
 
 @app.command()
@@ -149,21 +139,34 @@ def bench(
         list[str] | None, typer.Option("--op", help="Only ops that match this glob. May be repeated.")
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="B or B:provider. B alone times every provider but the reference.")
-    ] = "cpu",
+        str | None,
+        typer.Option(
+            help="B or B:provider; B alone times every provider but the reference; cpu if not given. With --model: a "
+            "policy, as in GLM5_BACKEND, which holds if not given."
+        ),
+    ] = None,
     level: Annotated[
-        str, typer.Option(help="Whose shapes: smoke, standard (GLM-5's real widths) or full.")
-    ] = "standard",
-    dtype: Annotated[str, typer.Option(help="Storage dtype.")] = "bfloat16",
-    seconds: Annotated[float, typer.Option(help="Time budget per case.", min=0.01)] = 0.5,
+        str | None,
+        typer.Option(help="Whose shapes: smoke, standard (GLM-5's real widths) or full.", show_default="standard"),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Storage dtype.", show_default="bfloat16")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Time budget per case.", min=0.01, show_default="0.5")] = None,
     model: Annotated[
         str | None, typer.Option(help="Time whole layers instead: glm-5, glm-5.2, deepseek-v3.2 or a config.json.")
     ] = None,
-    context: Annotated[int, typer.Option(help="With --model: cached tokens.", min=0)] = 4096,
-    batch: Annotated[int, typer.Option(help="With --model: rows.", min=1)] = 1,
-    tokens: Annotated[int, typer.Option(help="With --model: new tokens of each row.", min=1)] = 1,
-    experts: Annotated[int, typer.Option(help="With --model: routed experts that are built.", min=1)] = 8,
-    device: Annotated[str, typer.Option(help="With --model: device, as torch names it.")] = "cpu",
+    context: Annotated[
+        int | None, typer.Option(help="With --model: cached tokens.", min=0, show_default="4096")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="With --model: rows.", min=1, show_default="1")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="With --model: new tokens of each row.", min=1, show_default="1")
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="With --model: routed experts that are built.", min=1, show_default="8")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="With --model: device, as torch names it.", show_default="cpu")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Time kernels on the suite's shapes, against this machine's measured copy bandwidth and matmul rate.
@@ -171,41 +174,43 @@ def bench(
     With --model, a dense and a sparse layer of a model at its real widths: which kernel serves each op, how often and
     how long. That needs transformers.
     """
+    of_ops = {"op": op, "level": level, "seconds": seconds}
+    of_models = {"context": context, "batch": batch, "tokens": tokens, "experts": experts, "device": device}
+    for name, value in (of_ops if model is not None else of_models).items():
+        if value is not None:
+            what, fix = ("belongs to ops", "leave one out") if model is not None else ("needs --model", "name a model")
+            raise HalError("CONFIG", f"--{name} {what}", value=value, fix=fix)
     if model is not None:
-        _bench_model(
-            model, as_json, backend=backend, dtype=dtype, device=device, context=context, batch=batch, tokens=tokens,
-            experts=experts,
-        )  # fmt: skip
+        given = {"backend": backend, "dtype": dtype, **of_models}
+        _bench_model(model, as_json, **{k: v for k, v in given.items() if v is not None})
         return
     from glm5_hal.conformance.bench import measure, render
 
-    found = measure(backend, op or ["*"], level, dtype, seconds, progress=not as_json and sys.stderr.isatty())
-    if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
-        return
-    from rich.console import Console
-
-    Console(markup=False).print(render(found))
+    progress = not as_json and sys.stderr.isatty()
+    found = measure(
+        backend or "cpu", op or ["*"], level or "standard", dtype or "bfloat16", seconds or 0.5, progress=progress
+    )
+    _print(as_json, found.as_dict(), lambda: [render(found)])
 
 
 def _bench_model(model: str, as_json: bool, **settings: Any) -> None:
+    """With the settings that were given; what was not is as `measure` has it."""
+    from glm5_hal.spec import FLOATS
+
+    if (dtype := settings.get("dtype", FLOATS[0])) not in FLOATS:
+        raise HalError("CONFIG", f"no model computes in {dtype!r}", value=dtype, fix=suggest(dtype, FLOATS))
     try:
         from glm5_hal.integrations.transformers.bench import measure, render
     except ImportError as problem:
         fix = "pip install 'glm5-hal[transformers]'"
         raise HalError("CONFIG", f"--model needs transformers: {problem}", value=model, fix=fix) from None
     found = measure(model, **settings)
-    if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
-        return
-    from rich.console import Console
-
-    Console(markup=False).print(render(found))
+    _print(as_json, found.as_dict(), lambda: [render(found)])
 
 
 @app.command()
 def report(
-    file: Annotated[Path, typer.Argument(help="What GLM5_SHADOW wrote.")] = Path("glm5-shadow.jsonl"),
+    file: Annotated[Path, typer.Argument(help="What GLM5_SHADOW wrote.")] = Path(FILE),
     as_json: Json = False,
 ) -> None:
     """Rank the ops of a live run by excess error, from the calls that GLM5_SHADOW sampled.
@@ -216,15 +221,7 @@ def report(
     from glm5_hal.shadow import report as shadow
 
     rows = shadow.ranked(shadow.read(file))
-    if as_json:
-        typer.echo(json.dumps({"file": str(file), "ops": rows}, indent=2))
-    else:
-        from rich.console import Console
-
-        console = Console()
-        console.print(shadow.table(rows))
-        for line in shadow.notes(rows):
-            console.print(line, markup=False, highlight=False)
+    _print(as_json, {"file": str(file), "ops": rows}, lambda: [shadow.table(rows), *shadow.notes(rows)])
     raise typer.Exit(int(any(row["failed"] for row in rows)))
 
 
@@ -238,7 +235,5 @@ def new_backend(
     from glm5_hal.scaffold import write
 
     made = write(name, out)
-    if as_json:
-        typer.echo(json.dumps({"folder": str(made.folder), "files": [str(f) for f in made.files]}, indent=2))
-        return
-    typer.echo(made.next_steps)
+    data = {"folder": str(made.folder), "files": [str(f) for f in made.files]}
+    _print(as_json, data, lambda: [made.next_steps])

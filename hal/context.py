@@ -65,12 +65,14 @@ def include(plugin: str) -> PluginRecord:
     if plugin not in _given:
         _given.append(plugin)
     reset()
-    return next(r for r in catalogue().records if r.given == plugin)
+    name = next(r.name for r in catalogue().found if r.given == plugin)
+    return next(r for r in catalogue().named(name) if r.given == plugin)
 
 
 @contextmanager
 def installed(these: Catalogue) -> Iterator[Catalogue]:
-    """These backends and no others, in the whole process; then everything as it was, and learnt anew."""
+    """These backends and no others, in the whole process; then those of before, with what was learnt of them. The
+    settings are read again."""
     before = _process.catalogue
     reset()
     _process.catalogue = these
@@ -124,7 +126,14 @@ def validate(policy: Policy) -> None:
     from glm5_hal.ops import names
 
     known = catalogue()
-    policies.validate(policy, names(), known.names, known.providers)
+
+    def providers(backend: str) -> tuple[str, ...] | None:
+        try:
+            return known.providers(backend)
+        except HalError:  # it cannot offer its kernels: what the policy lists beside it serves, and the trace says why
+            return None
+
+    policies.validate(policy, names(), known.names, providers)
 
 
 @contextmanager
@@ -171,6 +180,13 @@ def use(
 def capturing() -> bool:
     """Whether a device graph is being captured here and now."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    if torch is None:
         return False
-    return bool(torch.cuda.is_current_stream_capturing())
+    of_device = getattr(torch, "get_device_module", lambda: torch.cuda)  # not in every torch that vendors build
+    return any(_captures(module) for module in (torch.cuda, of_device()))
+
+
+def _captures(module: object) -> bool:
+    """Of a device's module in torch. One that is not initialized is not asked: that would initialize it."""
+    begun = getattr(module, "is_initialized", lambda: False)
+    return bool(begun() and getattr(module, "is_current_stream_capturing", lambda: False)())

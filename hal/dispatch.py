@@ -90,11 +90,11 @@ class Op:
         metas = {a.name: meta_of(self.spec, a.name, arguments[a.name], a.optional) for a in self.spec.args}
         return signature_of(self.spec, metas, {s.name: arguments[s.name] for s in self.spec.scalars})
 
-    def resolution(self, call: Signature, *, exhaustive: bool = False) -> Resolution:
+    def resolution(self, call: Signature) -> Resolution:
         """What the policy in force makes of a call."""
         policy, require, _ = context.effective()
         targets = policy.targets(self.spec.name)
-        return resolve(self.spec, call, context.catalogue(), targets, require, exhaustive=exhaustive)
+        return resolve(self.spec, call, context.catalogue(), targets, require)
 
     def clear(self) -> None:
         with self._lock:
@@ -177,7 +177,10 @@ class Op:
 
     def _failed(self, problem: Exception, arguments: Mapping[str, Any]) -> HalError:
         """A kernel's own exception, with what it takes to report it. Nothing else is tried after it."""
-        resolution = self.resolution(self.describe(**arguments))
+        try:
+            resolution = self.resolution(self.describe(**arguments))
+        except HalError:  # the kernel has spoilt an argument on its way: its own problem is the one to report
+            resolution = Resolution(None, ())
         ran, versions = "?", ""
         if resolution.chosen:
             device = context.catalogue().device(resolution.chosen.backend)
@@ -221,20 +224,6 @@ def renew_locks() -> None:
     _making = threading.RLock()
     for op in list(_ops):
         op._lock = threading.RLock()
-
-
-def default_of(spec: OpSpec) -> Callable[..., Any]:
-    """A composite's default: its body over the dispatched ops, each resolved in its turn."""
-    from glm5_hal import ops
-
-    body = spec.reference
-
-    def composite(*args: Any, **kwargs: Any) -> Any:
-        return body(ops, *args, **kwargs)
-
-    composite.__name__ = f"{spec.name}_composite"
-    composite.__signature__ = spec.signature  # type: ignore[attr-defined]
-    return composite
 
 
 def meta_of(spec: OpSpec, name: str, value: Any, optional: bool) -> TensorMeta | None:

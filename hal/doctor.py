@@ -27,7 +27,8 @@ REPORTED = ("glm5-hal", "torch", "triton", "numpy", "pluggy", "onnxruntime", "tr
 
 @dataclass(frozen=True)
 class Patient:
-    """One backend. ``state`` is ok, absent (no such device here: not a fault), or broken."""
+    """One backend. ``state`` is ok, absent (no such device here: not a fault), or broken. ``communicator`` is what
+    torch.distributed calls its collectives ("" where it has none)."""
 
     name: str
     state: str
@@ -35,6 +36,7 @@ class Patient:
     finding: str
     fix: str = ""
     device: Mapping[str, Any] = field(default_factory=dict)
+    communicator: str = ""
     kernel: str = ""
     output: str = ""
 
@@ -65,6 +67,7 @@ def examine(timeout: float = 20.0) -> Diagnosis:
         settings = {
             "GLM5_BACKEND": f"{found.policy.text} ({found.policy.provenance})",
             "GLM5_LOG": f"{found.log.level} ({found.log.provenance})",
+            "GLM5_SHADOW": f"{found.shadow} ({found.shadow.provenance})",
         }
         settings |= dict.fromkeys(found.foreign, "not ours: ignored")
     except HalError as wrong:
@@ -75,6 +78,7 @@ def examine(timeout: float = 20.0) -> Diagnosis:
 def _patient(checked: Checkup) -> Patient:
     record, found, kernel = checked.record, checked.found, checked.kernel
     about: dict[str, Any] = {"name": record.name, "source": record.origin, "output": record.output}
+    about["communicator"] = record.communicator or ""
     if record.status != "ok" or found is None:
         return Patient(state="broken", finding=record.reason, fix=record.fix, **about)
     if not isinstance(found, Device):
@@ -111,10 +115,11 @@ def render(found: Diagnosis) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("backend", "state", "from", "finding", "kernel", header_style="bold")
+    table = Table("backend", "state", "from", "finding", "collectives", "kernel", header_style="bold")
     colours = {"ok": "green", "absent": "yellow", "broken": "red"}
     for p in found.backends:
-        table.add_row(p.name, Text(p.state, colours[p.state]), p.source, Text(p.finding), Text(p.kernel))
+        told = (Text(p.finding), Text(p.communicator), Text(p.kernel))
+        table.add_row(p.name, Text(p.state, colours[p.state]), p.source, *told)
     fixes = [Text(f"{p.name}: {p.fix}") for p in found.backends if p.fix]
     lines = [Text("  ".join(f"{k} {v}" for k, v in found.versions.items()))]
     lines += [Text(f"{k} = {v}") for k, v in found.settings.items()]

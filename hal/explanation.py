@@ -8,10 +8,10 @@ from typing import Any
 
 from glm5_hal import context
 from glm5_hal.errors import HalError, suggest
-from glm5_hal.metadata import bind_axes, evaluate, signature_of
+from glm5_hal.metadata import bind_axes, shape_of, signature_of
 from glm5_hal.resolve import Resolution, Step, left_out, resolve
 from glm5_hal.signature import Signature, TensorMeta
-from glm5_hal.spec import OpSpec
+from glm5_hal.spec import OpSpec, declared
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         HalError: UNKNOWN for an op or a name that it does not have; what the op itself would raise for bad metadata.
     """
-    from glm5_hal.ops import specs
-
-    if op not in specs():
-        raise HalError("UNKNOWN", f"no op {op!r}", value=op, fix=suggest(op, specs()))
-    spec = specs()[op]
+    spec = declared(op)
     if args or any(name in spec.tensors for name in kwargs):
         from glm5_hal.dispatch import op_named
 
@@ -138,11 +134,3 @@ def _example(spec: OpSpec, changes: dict[str, Any]) -> Mapping[str, Any]:
         first = args if first is None else first
     assert first is not None  # every op has a sample
     return first
-
-
-def shape_of(dims: str, axes: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape that dims spell out for bound axes."""
-    shape: tuple[int, ...] = ()
-    for dim in dims.split():
-        shape += tuple(axes["..."]) if dim == "..." else (evaluate(dim, axes),)
-    return shape

@@ -17,6 +17,11 @@ from glm5_hal.errors import HalError
 from glm5_hal.guards import innermost_transform
 from glm5_hal.spec import OpSpec
 
+#: What a key or a guard raises of a call that is new or wrong: it is not in the table; an argument is no tensor, or one
+#: without strides; a scalar cannot be hashed, or is an array, which has no truth value. `_miss` says which. Anything
+#: else is a fault of the guard itself, and must be seen.
+BAD_CALL = (KeyError, AttributeError, TypeError, RuntimeError, ValueError)
+
 
 def compiled(
     spec: OpSpec, table: dict[Any, Any], last: list[list[Any]] | None, strided: frozenset[str]
@@ -74,7 +79,7 @@ def compiled(
     try:{find}
     except _HalError:
         raise
-    except Exception:
+    except _bad_call:
         _kernel = None
     if _kernel is None:
         _kernel = self._miss({passed})
@@ -108,6 +113,7 @@ def alike({declared}):
         "_table": table,
         "_cell": last,
         "_HalError": HalError,
+        "_bad_call": BAD_CALL,
         **{f"_default_{n}": p.default for n, p in parameters.items()},
     }
     exec(compile(source, f"<glm5_hal op {spec.name}>", "exec"), namespace)

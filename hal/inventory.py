@@ -3,12 +3,16 @@ loaded in a process of their own."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from glm5_hal import context, plugins
 from glm5_hal.errors import HalError
+from glm5_hal.formats import FORMATS
 from glm5_hal.ops import specs
-from glm5_hal.state import FORMATS
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def inventory() -> dict[str, Any]:
@@ -53,3 +57,21 @@ def inventory() -> dict[str, Any]:
             {"name": f.name, "kind": f.kind, "tensors": list(f.tensors), "layout": f.layout} for f in FORMATS.values()
         ],
     }
+
+
+def tables(found: Mapping[str, Any]) -> list[RenderableType]:
+    """The inventory for a terminal."""
+    from rich.table import Table
+
+    ops = Table("op", "group", "since", "what it computes", header_style="bold")
+    for op in found["ops"]:
+        ops.add_row(op["name"], op["group"], str(op["since"]), op["summary"])
+    backends = Table("backend", "status", "device", "providers", "from", header_style="bold")
+    for b in found["backends"]:
+        backends.add_row(
+            b["name"], b["status"], b["device_type"], ", ".join(b["providers"]), f"{b['dist']} {b['version']}"
+        )
+    formats = Table("cache format", "kind", "layout", header_style="bold")
+    for f in found["cache_formats"]:
+        formats.add_row(f["name"], f["kind"], f["layout"])
+    return [ops, backends, formats]

@@ -123,13 +123,23 @@ def bind_dtypes(spec: OpSpec, dtypes: Mapping[str, str | None]) -> dict[str, str
     return bound
 
 
-def signature_of(spec: OpSpec, metas: Mapping[str, TensorMeta | None], scalars: Mapping[str, Any]) -> Signature:
-    """Check a call's metadata against the declaration and bind its axes. Raises HalError before anything runs."""
+def checked_axes(
+    spec: OpSpec, metas: Mapping[str, TensorMeta | None], scalars: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Axes and dtype variables of a call, real or traced, whose metadata is all that it should be but for strides,
+    which a traced one does not have. Shapes may be symbolic. Raises HalError for the first fault: of a call with two,
+    everyone names the same."""
     check_scalars(spec, scalars)
-    bind_dtypes(spec, {name: meta.dtype if meta else None for name, meta in metas.items()})
+    dtypes = bind_dtypes(spec, {name: meta.dtype if meta else None for name, meta in metas.items()})
     axes = bind_axes(spec, {name: meta.shape if meta else None for name, meta in metas.items()}, scalars)
     check_constraints(spec, axes, scalars, {name: meta.dtype for name, meta in metas.items() if meta})
     check_device(spec, {name: meta.device if meta else None for name, meta in metas.items()})
+    return axes, dtypes
+
+
+def signature_of(spec: OpSpec, metas: Mapping[str, TensorMeta | None], scalars: Mapping[str, Any]) -> Signature:
+    """Check a call's metadata against the declaration and bind its axes. Raises HalError before anything runs."""
+    axes, _ = checked_axes(spec, metas, scalars)
     for arg in spec.args:
         meta = metas[arg.name]
         if meta is not None and not _laid_out(arg, meta):
@@ -232,12 +242,14 @@ def check_device(spec: OpSpec, devices: Mapping[str, str | None]) -> None:
             )
 
 
+def shape_of(dims: str, axes: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The shape that dims spell out for bound axes."""
+    shape: tuple[Any, ...] = ()
+    for dim in dims.split():
+        shape += tuple(axes["..."]) if dim == "..." else (evaluate(dim, axes),)
+    return shape
+
+
 def out_shapes(spec: OpSpec, axes: Mapping[str, Any], dtypes: Mapping[str, str]) -> list[tuple[tuple[Any, ...], str]]:
     """Shape and dtype of every output, from bound axes and dtype variables."""
-    result = []
-    for out in spec.outs:
-        shape: tuple[Any, ...] = ()
-        for dim in out.dims.split():
-            shape += tuple(axes["..."]) if dim == "..." else (evaluate(dim, axes),)
-        result.append((shape, dtypes.get(out.dtype, out.dtype)))
-    return result
+    return [(shape_of(out.dims, axes), dtypes.get(out.dtype, out.dtype)) for out in spec.outs]

@@ -6,7 +6,6 @@ switching it on or off clears those tables.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import threading
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm5_hal import context
+from glm5_hal.files import add_line
 from glm5_hal.resolve import Choice
 from glm5_hal.shadow import Shadow, parse, shadowed
 from glm5_hal.signature import Signature
@@ -140,9 +140,8 @@ def emit(event: str, fields: Mapping[str, Any]) -> None:
     if setting.level == "off":
         return
     if setting.level == "jsonl":
-        line = json.dumps({"event": event, "time": time.time(), **fields})
-        with _state.lock, open(setting.path, "a", encoding="utf-8") as sink:
-            sink.write(line + "\n")
+        with _state.lock:
+            add_line(setting.path, {"event": event, "time": time.time(), **fields})
         return
     text = "  ".join(f"{k}={v}" for k, v in fields.items())
     what = (str(fields.get("op")), str(fields.get("kernel")))

@@ -19,13 +19,14 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from glm5_hal import shadow
+from glm5_hal.backend import NAME
 from glm5_hal.errors import HalError, shown, suggest
+from glm5_hal.files import appendable
 from glm5_hal.shadow import Shadow
 
 VARIABLES = ("GLM5_BACKEND", "GLM5_LOG", "GLM5_SHADOW")
 LOG_CHOICES = ("off", "info", "debug", "jsonl:PATH")
 
-_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _PATTERN = re.compile(r"[A-Za-z0-9_*?!\[\]-]+")
 _GLOB = re.compile(r"[*?\[]")
 _OURS = re.compile(r"GLM[-_.]*5?[-_.]*(?:HAL)?[-_.]*([A-Z].*)")
@@ -197,12 +198,9 @@ def _log(text: str) -> LogSetting:
     if level == "jsonl":
         if not path.strip():
             raise bad("the file is missing", "write jsonl:PATH")
-        path = os.path.abspath(os.path.expanduser(path.strip()))
-        if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
-            where = (
-                "is a folder" if os.path.isdir(path) else f"cannot be made: there is no folder {os.path.dirname(path)}"
-            )
-            raise bad(f"the file {path} {where}", "name a file in a folder that exists")
+        path, problem = appendable(path.strip())
+        if problem:
+            raise bad(problem, "name a file that can be written, in a folder that exists")
         return LogSetting("jsonl", path, "GLM5_LOG")
     if colon or level not in LOG_CHOICES:
         raise bad("this is not among the choices", suggest(level.lower(), LOG_CHOICES))
@@ -259,7 +257,7 @@ class _Reader:
         if len(parts) > 2:
             raise self._error(at, piece, "a second ':'", "write backend:provider")
         for what, (offset, name) in zip(("backend", "provider"), parts, strict=False):
-            if not _NAME.fullmatch(name):
+            if not NAME.fullmatch(name):
                 raise self._error(offset, name, f"a {what} is expected", _spelling(what, name))
         names = [name for _, name in parts]
         if names[0] == "auto" and len(names) == 2:
@@ -288,7 +286,7 @@ def _spelling(what: str, name: str) -> str:
     """What to write instead of a name that no backend or provider can have."""
     if what == "provider" and name.isdecimal():
         return "leave the device's number out: the tensors say which device"
-    if _NAME.fullmatch(name.lower()):
+    if NAME.fullmatch(name.lower()):
         return f"names are lower-case: {name.lower()}"
     for foreign in ("|", ">", "+", "/", ".", " "):
         if foreign in name:

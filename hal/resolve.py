@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
-from glm5_hal.capability import ACCEPTED, Accepted, Decision, Rejected, Requirement
+from glm5_hal.decision import ACCEPTED, Accepted, Decision, Rejected, Requirement
 from glm5_hal.errors import HalError
 from glm5_hal.plugins.isolation import told
 from glm5_hal.policy import Target
@@ -24,11 +24,9 @@ class Entry(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def builtin(self) -> bool: ...
+    def root(self) -> str: ...
     @property
     def status(self) -> str: ...
-    @property
-    def code(self) -> str: ...
     @property
     def reason(self) -> str: ...
     @property
@@ -73,6 +71,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Choice:
+    """``fallback``: the policy lists a backend before this one that might have served the call's device."""
+
     backend: str
     kernel: Kernel
     fallback: bool
@@ -86,7 +86,6 @@ class Choice:
 class Resolution:
     """The first accepted kernel, if any, every candidate that was considered on the way, and the kernels among them."""
 
-    op: str
     chosen: Choice | None
     trace: tuple[Step, ...]
     considered: tuple[Kernel, ...] = ()
@@ -109,16 +108,19 @@ def resolve(
     trace: list[Step] = []
     considered: list[Kernel] = []
     chosen: Choice | None = None
+    first: int | None = None
     for position, target, entry in _entries(targets, catalogue, device_type):
+        if first is None and not _is_elsewhere(entry, device_type):
+            first = position
         for step, kernel in _candidates(spec, call, catalogue, entry, target, require, device_type):
             trace.append(step)
             if kernel is not None:
                 considered.append(kernel)
                 if chosen is None and isinstance(step.decision, Accepted):
-                    chosen = Choice(entry.name, kernel, fallback=position > 0)
+                    chosen = Choice(entry.name, kernel, fallback=position != first)
             if chosen is not None and not exhaustive:
-                return Resolution(spec.name, chosen, tuple(trace), tuple(considered))
-    return Resolution(spec.name, chosen, tuple(trace), tuple(considered))
+                return Resolution(chosen, tuple(trace), tuple(considered))
+    return Resolution(chosen, tuple(trace), tuple(considered))
 
 
 def left_out(
@@ -161,6 +163,11 @@ def _entries(targets: Sequence[Target], catalogue: Catalogue, device_type: str) 
             yield position, target, entry
 
 
+def _is_elsewhere(entry: Entry, device_type: str) -> bool:
+    """Whether it computes on another kind of device; of a broken plugin that is not known."""
+    return entry.backend is not None and entry.backend.device_type != device_type
+
+
 def _candidates(
     spec: OpSpec,
     call: Signature,
@@ -173,7 +180,7 @@ def _candidates(
     if entry.backend is None or entry.status != "ok":
         yield Step(entry.name, Rejected("PLUGIN", entry.reason, entry.fix)), None
         return
-    if entry.backend.device_type != device_type:
+    if _is_elsewhere(entry, device_type):
         wanted = entry.backend.device_type
         yield (
             Step(
@@ -211,10 +218,12 @@ def _candidates(
             None,
         )
     for kernel in sorted(kernels, key=lambda k: (k.provider != target.provider, k.rank)):
-        yield Step(f"{entry.name}:{kernel.provider}", _judge(spec, call, kernel, device, require)), kernel
+        yield Step(f"{entry.name}:{kernel.provider}", _judge(spec, call, kernel, device, require, entry.root)), kernel
 
 
-def _judge(spec: OpSpec, call: Signature, kernel: Kernel, device: Device, require: frozenset[str]) -> Decision:
+def _judge(
+    spec: OpSpec, call: Signature, kernel: Kernel, device: Device, require: frozenset[str], root: str
+) -> Decision:
     missing = sorted((require & set(spec.attributes)) - kernel.provides)
     if missing:
         return Rejected(
@@ -223,7 +232,7 @@ def _judge(spec: OpSpec, call: Signature, kernel: Kernel, device: Device, requir
             "drop it from hal.use(require=...), or use another kernel",
         )
     for requirement in kernel.requires:
-        decision = _asked(requirement, call, device)
+        decision = _asked(requirement, call, device, root)
         if isinstance(decision, Rejected):
             return decision
     return ACCEPTED
@@ -237,14 +246,14 @@ def described(requirement: Requirement) -> str:
         return type(requirement).__name__
 
 
-def _asked(requirement: Requirement, call: Signature, device: Device) -> Decision:
-    """A requirement's answer; one that fails to answer is a no, for this kernel alone."""
+def _asked(requirement: Requirement, call: Signature, device: Device, root: str) -> Decision:
+    """A requirement's answer; one that fails to answer is a no, for this kernel alone. ``root`` is its plugin's."""
     try:
         decision: object = requirement.test(call, device.facts)
     except KeyboardInterrupt:
         raise
     except BaseException as problem:  # noqa: BLE001 - a vendor's predicate may raise anything, SystemExit too
-        decision = f"raised {told(problem)[0]}"
+        decision = f"raised {told(problem, root)[0]}"
     if isinstance(decision, Decision):
         return decision
     said = decision if isinstance(decision, str) else f"answered {decision!r}, not Accepted or Rejected"

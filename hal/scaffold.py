@@ -98,7 +98,7 @@ def _demand_free(name: str) -> None:
     module = module_of(name)
     for record in context.catalogue().found:
         if module_of(record.name) == module:
-            kind, also = "an installed plugin", f", or: pip uninstall {record.dist}"
+            kind, also = "an installed plugin", f", or: {record.removal}"
             if record.builtin:
                 kind, also = "a built-in backend", ""
             raise HalError(

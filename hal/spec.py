@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from glm5_hal.backend import ATTRIBUTES
-from glm5_hal.errors import HalError
+from glm5_hal.errors import HalError, suggest
 
 if TYPE_CHECKING:
     import torch
@@ -309,3 +309,13 @@ class OpSpec:
             raise HalError("TYPE", f"{self.name}: {problem}", fix=f"call {self.name}{self.signature}") from None
         bound.apply_defaults()
         return dict(bound.arguments)
+
+
+def declared(op: str) -> OpSpec:
+    """The declaration of an op. Raises HalError("UNKNOWN") with the nearest name."""
+    from glm5_hal.ops import specs
+
+    known = specs()
+    if op not in known:
+        raise HalError("UNKNOWN", f"no op {op!r}", value=op, fix=suggest(op, known))
+    return known[op]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from glm5_hal.errors import HalError
-from glm5_hal.metadata import bind_axes, bind_dtypes, check_constraints, check_device, check_scalars, out_shapes
+from glm5_hal.metadata import checked_axes, out_shapes
+from glm5_hal.signature import TensorMeta
 from glm5_hal.spec import Arg, OpSpec
 
 NAMESPACE = "glm5"
@@ -62,14 +63,12 @@ def fake(spec: OpSpec) -> Callable[..., Any]:
         # Compiled code runs without autograd: what is not refused while it is traced would be lost in silence.
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values()):
             raise no_gradient(spec)
-        scalars = {name: arguments[name] for name in spec.options}
-        given = {n: None if t is None else str(t.dtype)[6:] for n, t in tensors.items()}
-        check_scalars(spec, scalars)
-        # Torch sends a call with one meta tensor here, too: its outputs would be memory that nobody has written.
-        check_device(spec, {n: None if t is None else str(t.device) for n, t in tensors.items()})
-        dtypes = bind_dtypes(spec, given)
-        axes = bind_axes(spec, {n: None if t is None else tuple(t.shape) for n, t in tensors.items()}, scalars)
-        check_constraints(spec, axes, scalars, {n: d for n, d in given.items() if d is not None})
+        metas = {
+            n: None if t is None else TensorMeta(str(t.dtype)[6:], tuple(t.shape), str(t.device))
+            for n, t in tensors.items()
+        }
+        # Devices too: torch sends a call with one meta tensor here, and its outputs would be memory that nobody wrote.
+        axes, dtypes = checked_axes(spec, metas, {name: arguments[name] for name in spec.options})
         device = next(t.device for t in tensors.values() if t is not None)
         made = tuple(
             torch.empty(shape, dtype=getattr(torch, dtype), device=device)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from math import prod
 
 from glm5_hal.errors import HalError
+from glm5_hal.formats import FORMATS
 from glm5_hal.params.config import ModelConfig
-from glm5_hal.state import FORMATS
 
 FLOPS_CONVENTION = (
     "one forward pass of one token through the main model (no MTP layer), 2 FLOPs per multiply-add; attention in the "

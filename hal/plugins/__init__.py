@@ -6,8 +6,8 @@ the others. One that ends or hangs the process is caught by those who look at ev
 """
 
 from glm5_hal.plugins.child import Checkup, check_up
-from glm5_hal.plugins.discovery import discover, find, order, settle
-from glm5_hal.plugins.kernels import load_kernels, signature_difference
+from glm5_hal.plugins.discovery import find, order, settle
+from glm5_hal.plugins.kernels import load_kernels
 from glm5_hal.plugins.loading import LOAD_DEADLINE, load
 from glm5_hal.plugins.probing import PROBE_DEADLINE, probe
 from glm5_hal.plugins.record import CODES, PluginRecord
@@ -21,13 +21,11 @@ __all__ = [
     "PluginRecord",
     "check_up",
     "check_up_all",
-    "discover",
     "find",
     "load",
     "load_kernels",
     "order",
     "probe",
     "settle",
-    "signature_difference",
     "vetted",
 ]

@@ -7,8 +7,11 @@ import re
 from collections.abc import Mapping
 
 from glm5_hal.backend import HAL_API, Backend
+from glm5_hal.packages import is_range
 from glm5_hal.plugins.isolation import kind_of
 from glm5_hal.plugins.record import DISTRIBUTION, Defect, PluginRecord
+
+_KINDS: dict[str, type] = {"device_type": str, "priority": int, "requires": Mapping, "smi": tuple}
 
 _DIST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
@@ -27,16 +30,23 @@ def _check_fields(record: PluginRecord, backend: Backend, written: str) -> None:
     if record.name and backend.name != record.name:
         reason = f"the entry point is called {record.name!r} and its backend {backend.name!r}{written}"
         raise Defect("NAME", reason, f"call the entry point {backend.name!r} or the backend {record.name!r}")
-    for field, kind in (("device_type", str), ("priority", int), ("requires", Mapping), ("smi", tuple)):
+    for field, kind in _KINDS.items():
         value = getattr(backend, field)
         if not isinstance(value, kind):
             reason = f"Backend.{field} is {kind_of(value)}, it should be {kind.__name__}{written}"
             raise Defect("FIELD", reason, f"correct {field}; {record.remedy}")
+    words: list[tuple[str, object]] = [
+        ("communicator", backend.communicator or ""),
+        *(("smi", word) for word in backend.smi),
+    ]
+    for field, word in words:  # a child process tells of them in JSON
+        if not isinstance(word, str):
+            reason = f"Backend.{field} holds {kind_of(word)}, it should hold text{written}"
+            raise Defect("FIELD", reason, f"correct {field}; {record.remedy}")
 
 
 def _check_api(record: PluginRecord, backend: Backend, written: str) -> None:
-    api = backend.hal_api
-    pair = api if isinstance(api, tuple) else (api, api)
+    api, pair = backend.hal_api, backend.api_range
     if len(pair) != 2 or any(type(version) is not int for version in pair) or pair[0] > pair[1]:
         reason = f"hal_api {api!r} is neither an int nor a pair of ints, lowest first{written}"
         raise Defect("HAL_API", reason, f"write hal_api={HAL_API[1]}")
@@ -44,19 +54,13 @@ def _check_api(record: PluginRecord, backend: Backend, written: str) -> None:
     if low > HAL_API[1] or high < HAL_API[0]:
         theirs, ours = (" to ".join(map(str, sorted(set(versions)))) for versions in (pair, HAL_API))
         reason = f"the plugin speaks hal_api {theirs}, this core speaks {ours}{written}"
-        behind = DISTRIBUTION if low > HAL_API[1] else record.dist
-        raise Defect("HAL_API", reason, f"pip install -U '{behind}'", "refused")
+        fix = f"pip install -U '{DISTRIBUTION}'" if low > HAL_API[1] else record.remedy
+        raise Defect("HAL_API", reason, fix, "refused")
 
 
 def _check_requires(backend: Backend, written: str) -> None:
-    from packaging.specifiers import InvalidSpecifier, SpecifierSet
-
     for name, versions in backend.requires.items():
-        try:
-            good = isinstance(versions, str) and _DIST_NAME.fullmatch(name) and SpecifierSet(versions) is not None
-        except (InvalidSpecifier, TypeError):
-            good = False
-        if not good:
+        if not (isinstance(name, str) and _DIST_NAME.fullmatch(name) and is_range(versions)):
             reason = f"requires {{{name!r}: {versions!r}}} is not a distribution and its versions{written}"
             raise Defect("REQUIRES", reason, "write versions as PEP 440 has them: requires={'name': '>=2.9'}")
 

@@ -39,28 +39,25 @@ KERNEL_DEADLINE = 30.0
 STAGES = ("load", "probe", "kernel")
 
 #: What a child tells of a record that it loaded.
-_TOLD = ("status", "code", "reason", "fix", "output", "seconds", "device_type")
+_TOLD = ("status", "code", "reason", "fix", "output", "device_type", "communicator", "smi")
 
 
 @dataclass(frozen=True)
 class Checkup:
-    """What a child found out. ``record`` is never with its backend; ``kernel`` says what a tiny kernel gave.
+    """What a child found out. A stage that was not reached has no answer: None, or "" for the kernel.
 
-    A stage that was not reached has no answer: None, or "" for the kernel.
+    Attributes:
+        record: without its backend, which lives in the child; a plugin that needed no child is loaded here.
+        found: what the probe answered.
+        kernel: what a tiny kernel gave.
+        ended: what ended or hung the child, if anything did: a reason not to do the same in this process. A plugin that
+            is broken in an orderly way, or a probe that raises, is none.
     """
 
     record: PluginRecord
     found: Device | Unavailable | None = None
     kernel: str = ""
-
-    @property
-    def crashed(self) -> str:
-        """What ended or hung the child, if anything did: a reason not to do the same in this process."""
-        if self.record.code in ("CRASH", "TIMEOUT"):
-            return self.record.reason
-        if isinstance(self.found, Unavailable) and self.found.fault:
-            return self.found.reason
-        return self.kernel.removeprefix("failed: ") if self.kernel.startswith("failed: the kernel ") else ""
+    ended: str = ""
 
 
 def check_up(record: PluginRecord, deadline: float = PROBE_DEADLINE, last: str = "kernel") -> Checkup:
@@ -75,7 +72,7 @@ def check_up(record: PluginRecord, deadline: float = PROBE_DEADLINE, last: str =
         child = _start(bare, deadline, last)
     except OSError as problem:
         reason = f"a process to try it in could not be started: {told(problem)[0]}"
-        return Checkup(bare.failed(Defect("CRASH", reason, bare.remedy)))
+        return Checkup(bare.failed(Defect("CRASH", reason, bare.remedy)), ended=reason)
     answers: dict[str, Any] = {}
     line: bytes | None
     with _ended(child) as (lines, heard):
@@ -97,16 +94,20 @@ def check_up(record: PluginRecord, deadline: float = PROBE_DEADLINE, last: str =
 
 def _told(record: PluginRecord, answers: dict[str, Any], stage: str = "", end: str = "") -> Checkup:
     """The checkup that the answers make; ``end`` is how the child ended in a stage that it did not answer."""
-    loaded = answers.get("load", {})
-    record = replace(record, **loaded)
+    record = replace(record, **answers.get("load", {}))
     if stage == "load":
-        code = "TIMEOUT" if end.startswith("did not") else "CRASH"
+        code, ended = "TIMEOUT" if end.startswith("did not") else "CRASH", f"importing {record.value!r} {end}"
         fix = f"import the vendor's SDK in probe() only; {record.remedy}"
-        return Checkup(record.failed(Defect(code, f"importing {record.value!r} {end}", fix)))
+        return Checkup(record.failed(Defect(code, ended, fix)), ended=ended)
     if stage == "probe":
-        return Checkup(record, Unavailable(f"the probe {end}", hardware_fix(record), fault=True))
-    kernel = f"failed: the kernel {end}" if stage == "kernel" else answers.get("kernel", "")
-    return Checkup(record, answers.get("probe"), kernel)
+        ended = f"the probe {end}"
+        return Checkup(record, Unavailable(ended, hardware_fix(record), fault=True), ended=ended)
+    if stage == "kernel":
+        ended = f"the kernel {end}"
+        return Checkup(record, answers["probe"], f"failed: {ended}", ended)
+    # The child tells of one crash itself: that its own pipes were closed.
+    ended = record.reason if record.code == "CRASH" else ""
+    return Checkup(record, answers.get("probe"), answers.get("kernel", ""), ended)
 
 
 # --- the parent's side -----------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ def _understood(line: bytes, stage: str, answers: dict[str, Any]) -> bool:
         if name != stage:
             return False
         if stage == "load":
-            said = {key: said[key] for key in _TOLD}
+            said = {key: said[key] for key in _TOLD} | {"smi": tuple(said["smi"])}
         if stage == "probe":
             said = decoded(said)
         answers[stage] = said

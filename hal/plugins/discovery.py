@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
@@ -11,6 +12,8 @@ from glm5_hal.plugins.given import given_record
 from glm5_hal.plugins.isolation import told
 from glm5_hal.plugins.loading import LOAD_DEADLINE, load
 from glm5_hal.plugins.record import DISTRIBUTION, Defect, PluginRecord
+
+log = logging.getLogger("glm5_hal.plugins")
 
 
 def find(
@@ -26,43 +29,21 @@ def find(
     return tuple(sorted(once.values(), key=order))
 
 
-def settle(same: Sequence[PluginRecord], deadline: float = LOAD_DEADLINE) -> tuple[PluginRecord, ...]:
+def settle(same: Sequence[PluginRecord]) -> tuple[PluginRecord, ...]:
     """Load the plugins of one name, and refuse those that cannot be used beside each other.
 
     An outside plugin that takes a built-in's name is not even loaded.
     """
     owned = without_theft(same)
-    return without_twins([load(record, None if record.builtin else deadline) for record in owned])
-
-
-def discover(
-    entry_points: Iterable[metadata.EntryPoint] | None = None,
-    *,
-    given: Sequence[str] = (),
-    deadline: float = LOAD_DEADLINE,
-) -> tuple[PluginRecord, ...]:
-    """Load every backend plugin: built-in ones by name, then outside ones by priority (higher first) and name.
-
-    Args:
-        entry_points: what to load instead of what is installed.
-        given: paths or modules of further plugins, which no entry point names.
-        deadline: seconds that each outside plugin has. They are loaded in a thread, which a plugin that hangs keeps.
-    """
-    found = find(entry_points, given)
-    names = dict.fromkeys(record.name for record in found)
-    settled = [r for name in names for r in settle([r for r in found if r.name == name], deadline)]
-    return tuple(sorted(settled, key=order))
+    return without_twins([load(record, None if record.builtin else LOAD_DEADLINE) for record in owned])
 
 
 def _installed() -> Iterator[PluginRecord]:
     """The entry points of our group, from one version of each distribution: the one that an import would see."""
     seen: set[str] = set()
     for dist in metadata.distributions():
-        try:
-            if hookspecs.GROUP not in (dist.read_text("entry_points.txt") or ""):
-                continue
-        except (OSError, ValueError):
-            continue  # it cannot be read, so nothing says that it is ours
+        if not _announces(dist):
+            continue
         name, version = _identity(dist)
         if name and _canonical(name) in seen:
             continue
@@ -71,11 +52,24 @@ def _installed() -> Iterator[PluginRecord]:
         try:
             points = [point for point in live.entry_points if point.group == hookspecs.GROUP]
         except Exception as problem:  # noqa: BLE001 - any parser's error, in any Python
-            reason = f"entry_points.txt cannot be read: {told(problem)[0]}"
+            reason = f"entry_points.txt cannot be read: {told(problem)[0]}; it is in {dist.locate_file('')}"
             record = PluginRecord(name or "unknown", "", name, version, builtin=_canonical(name) == DISTRIBUTION)
             yield record.failed(Defect("METADATA", reason, record.remedy))
             continue
         yield from (_unloaded(point, live) for point in points)
+
+
+def _announces(dist: metadata.Distribution) -> bool:
+    """Whether our group is among its entry points, readable or not. One of which that cannot be said is logged."""
+    try:
+        text = dist.read_text("entry_points.txt") or ""
+    except UnicodeDecodeError as problem:
+        text = problem.object.decode(errors="replace")
+    except (OSError, ValueError) as problem:
+        what = "entry_points.txt of %s in %s cannot be read; a backend that it announces is not seen: %s"
+        log.warning(what, _identity(dist)[0] or "an unknown distribution", dist.locate_file(""), problem)
+        return False
+    return hookspecs.GROUP in text
 
 
 def _live(dist: metadata.Distribution, name: str) -> metadata.Distribution:

@@ -6,7 +6,6 @@ import inspect
 import io
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,6 @@ class Outcome:
     value: Any
     problem: BaseException | None
     stuck: str | None
-    seconds: float
     output: str
 
 
@@ -45,7 +43,6 @@ def guarded(call: Callable[[], Any], deadline: float | None, root: str) -> Outco
         except BaseException as problem:  # noqa: BLE001 - a plugin may raise SystemExit, or what pytest.skip raises
             done.append((None, problem))
 
-    start = time.perf_counter()
     thread = threading.Thread(target=work, name=f"glm5-hal plugin {root}", daemon=True)
     with _captured(threading.current_thread() if deadline is None else thread) as kept:
         if deadline is None:
@@ -53,15 +50,14 @@ def guarded(call: Callable[[], Any], deadline: float | None, root: str) -> Outco
         else:
             thread.start()
             thread.join(deadline)
-    seconds = time.perf_counter() - start
     output = kept.getvalue().decode(errors="replace")[:OUTPUT_LIMIT]
     if not done:
         frames = traceback.walk_stack(sys._current_frames().get(thread.ident or 0))
-        return Outcome(None, None, _place(reversed(list(frames)), root), seconds, output)
+        return Outcome(None, None, _place(reversed(list(frames)), root), output)
     value, problem = done[0]
     if isinstance(problem, KeyboardInterrupt) and deadline is None:
         raise problem
-    return Outcome(value, problem, None, seconds, output)
+    return Outcome(value, problem, None, output)
 
 
 class _Kept(io.BytesIO):

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 from collections.abc import Mapping, Sequence
 
-from glm5_hal.backend import Kernel
+from glm5_hal.backend import NAME, Kernel
 from glm5_hal.errors import HalError, suggest
 from glm5_hal.plugins.isolation import defined_at, guarded, kind_of, told
 from glm5_hal.plugins.record import PluginRecord
 
 log = logging.getLogger("glm5_hal.plugins")
-
-_PROVIDER = re.compile(r"[a-z][a-z0-9_-]*")
 
 
 def load_kernels(record: PluginRecord, signatures: Mapping[str, inspect.Signature]) -> tuple[Kernel, ...]:
@@ -56,7 +53,7 @@ def _kernel_problem(
     """What is wrong with a kernel, and the fix."""
     if kernel.op not in signatures:
         return "is for an op that does not exist", suggest(str(kernel.op), signatures)
-    if not isinstance(kernel.provider, str) or not _PROVIDER.fullmatch(kernel.provider):
+    if not isinstance(kernel.provider, str) or not NAME.fullmatch(kernel.provider):
         return "has a provider that no policy can name", "use lower-case letters, digits, '-' and '_'"
     if (kernel.op, kernel.provider) in seen:
         return "is listed twice", "remove one, or give it a provider of its own"

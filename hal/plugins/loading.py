@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pluggy
@@ -31,14 +29,22 @@ def load(record: PluginRecord, deadline: float | None) -> PluginRecord:
     if record.status != "ok" or record.backend is not None:
         return record
     outcome = guarded(lambda: _build(record), deadline, record.root)
-    record = replace(record, seconds=outcome.seconds, output=outcome.output)
+    record = replace(record, output=outcome.output)
     if outcome.stuck is not None:
         reason = f"importing {record.value!r} did not end within {deadline:g} s{outcome.stuck}"
         return record.failed(Defect("TIMEOUT", reason, f"import the vendor's SDK in probe() only; {record.remedy}"))
     if outcome.problem is not None:
-        return record.failed(_defect(record, "IMPORT", f"loading {record.value!r} raised", outcome.problem))
-    backend = outcome.value
-    return replace(record, backend=backend, device_type=backend.device_type, name=record.name or backend.name)
+        what = f"importing {record.value.partition(':')[0]} raised"
+        return record.failed(_defect(record, "IMPORT", what, outcome.problem))
+    backend: Backend = outcome.value
+    return replace(
+        record,
+        backend=backend,
+        name=record.name or backend.name,
+        device_type=backend.device_type,
+        communicator=backend.communicator,
+        smi=backend.smi,
+    )
 
 
 def _build(record: PluginRecord) -> Backend:
@@ -55,8 +61,12 @@ def _build(record: PluginRecord) -> Backend:
         raise Defect("HOOK_SPEC", f"PluginValidationError: {said}{written}", fix) from problem
     if not manager.hook.glm5_backend.get_hookimpls():
         raise hook_missing(record, plugin, written)
-    with _stage(record, "HOOK_RAISED", "glm5_backend() raised"):
+    try:
         results = manager.hook.glm5_backend()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as problem:
+        raise _defect(record, "HOOK_RAISED", "glm5_backend() raised", problem) from problem
     if len(results) != 1 or not isinstance(results[0], Backend):
         got = " and ".join(map(kind_of, results)) or "None"
         reason = f"glm5_backend() returned {got}, not a Backend{written}"
@@ -64,16 +74,6 @@ def _build(record: PluginRecord) -> Backend:
     backend: Backend = results[0]
     check(record, backend, written)
     return backend
-
-
-@contextmanager
-def _stage(record: PluginRecord, code: str, what: str) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException as problem:
-        raise _defect(record, code, what, problem) from problem
 
 
 def _defect(record: PluginRecord, code: str, what: str, problem: BaseException) -> Defect:
@@ -90,17 +90,16 @@ def _imported(record: PluginRecord) -> object:
         raise Defect("ENTRY_POINT", reason, record.remedy)
     module = value["module"]
     made_importable(record)
-    with _stage(record, "IMPORT", f"importing {module} raised"):
-        try:
-            plugin: object = importlib.import_module(module)
-        except ModuleNotFoundError as problem:
-            missing = problem.name or "what it lacks"
-            if f"{module}.".startswith(f"{missing}."):
-                reason = f"ModuleNotFoundError: the entry point names {module}, and there is no module {missing}"
-                raise Defect("ENTRY_POINT", reason, record.remedy) from problem
-            defect = _defect(record, "IMPORT", f"importing {module} raised", problem)
-            defect.fix = f"install {missing}, or import it in probe() only; {record.remedy}"
-            raise defect from problem
+    try:
+        plugin: object = importlib.import_module(module)
+    except ModuleNotFoundError as problem:
+        missing = problem.name or "what it lacks"
+        if f"{module}.".startswith(f"{missing}."):
+            reason = f"ModuleNotFoundError: the entry point names {module}, and there is no module {missing}"
+            raise Defect("ENTRY_POINT", reason, record.remedy) from problem
+        defect = _defect(record, "IMPORT", f"importing {module} raised", problem)
+        defect.fix = f"install {missing}, or import it in probe() only; {record.remedy}"
+        raise defect from problem
     for part in filter(None, (value["attr"] or "").split(".")):
         if not hasattr(plugin, part):
             raise Defect("ENTRY_POINT", f"the entry point names {record.value}: there is no {part!r}", record.remedy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from glm5_hal.backend import Backend, Device, Unavailable
-from glm5_hal.capability import package_problem
+from glm5_hal.packages import package_problem
 from glm5_hal.plugins.isolation import defined_at, guarded, kind_of, told
 from glm5_hal.plugins.record import PluginRecord
 
@@ -58,7 +58,7 @@ def _lacking(backend: Backend) -> Unavailable | None:
 
 def hardware_fix(record: PluginRecord) -> str:
     """What to do where the driver is the suspect."""
-    smi = " ".join(record.backend.smi) if record.backend is not None else ""
+    smi = " ".join(record.smi)
     return f"see whether {f'`{smi}`' if smi else 'the driver'} answers; {record.remedy}"
 
 

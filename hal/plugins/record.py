@@ -42,8 +42,7 @@ class PluginRecord:
             these plugins).
         code, reason, fix: why it is not ok, one of :data:`CODES` first, and what to do; empty where it is.
         backend: the plugin object, once it is loaded and its status is ok.
-        device_type: the backend's; known without it where it was loaded in another process.
-        seconds: how long it took to load.
+        device_type, communicator, smi: the backend's; known without it where it was loaded in another process.
         output: what it printed while it loaded.
     """
 
@@ -58,7 +57,8 @@ class PluginRecord:
     fix: str = ""
     backend: Backend | None = None
     device_type: str = ""
-    seconds: float = 0.0
+    communicator: str | None = None
+    smi: tuple[str, ...] = ()
     output: str = ""
     given: str = ""
 

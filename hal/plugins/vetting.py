@@ -9,7 +9,6 @@ from dataclasses import replace
 from glm5_hal.plugins import child
 from glm5_hal.plugins.child import Checkup
 from glm5_hal.plugins.discovery import without_theft, without_twins
-from glm5_hal.plugins.loading import LOAD_DEADLINE
 from glm5_hal.plugins.probing import PROBE_DEADLINE
 from glm5_hal.plugins.record import Defect, PluginRecord
 
@@ -20,7 +19,8 @@ ABREAST = 4
 def check_up_all(
     records: Sequence[PluginRecord], deadline: float = PROBE_DEADLINE, last: str = "kernel"
 ) -> tuple[Checkup, ...]:
-    """A checkup of each, clashes of names included. None is loaded in this process."""
+    """A checkup of each, clashes of names included. No outside plugin is loaded in this process; the built-in ones are
+    where loading is all that is asked for."""
     owned = without_theft(records)
     with ThreadPoolExecutor(ABREAST) as pool:
         checked = tuple(pool.map(lambda record: child.check_up(record, deadline, last), owned))
@@ -31,7 +31,7 @@ def check_up_all(
 def vetted(records: Sequence[PluginRecord]) -> tuple[PluginRecord, ...]:
     """The same records, those failed that ended or hung the process that tried them. They are still to be loaded."""
     strange = [r for r in records if not r.builtin and r.backend is None and r.status == "ok"]
-    ends = {id(r): c.crashed for r, c in zip(strange, check_up_all(strange, LOAD_DEADLINE), strict=True)}
+    ends = {id(r): c.ended for r, c in zip(strange, check_up_all(strange), strict=True)}
     return tuple(
         r.failed(Defect("CRASH", f"in a process of its own: {ends[id(r)]}", r.remedy)) if ends.get(id(r)) else r
         for r in records

@@ -23,15 +23,17 @@ __all__ = ["FILE", "Shadow", "flush", "forked", "parse", "shadowed"]
 
 
 def shadowed(op: str, choice: Choice, fn: Callable[..., Any], rate: float, file: str) -> Callable[..., Any]:
-    """The kernel, with a share of its calls sampled: the first one, then each with probability ``rate``."""
+    """The kernel, with a share of its calls sampled: the first one of the op on this kernel, whatever its signature,
+    then each with probability ``rate``."""
     from glm5_hal.ops import specs
 
     spec, lots, judge = specs()[op], random.Random(), _judge_of(file)
-    names, calls = tuple(spec.signature.parameters), iter(range(1 << 62))
+    names, key = tuple(spec.signature.parameters), (op, choice.name)
 
     def sampling(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) and lots.random() >= rate:
+        if key in judge.seen and lots.random() >= rate:
             return fn(*args, **kwargs)
+        judge.seen.add(key)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         before = judge.before(op, choice, given)
         returned = fn(*args, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import queue
@@ -11,6 +10,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from glm5_hal.files import add_line
 
 if TYPE_CHECKING:
     from glm5_hal.resolve import Choice
@@ -35,10 +36,14 @@ class Sampled:
 
 
 class Judge:
-    """A thread that judges sampled calls and writes what it finds, with bounded memory."""
+    """A thread that judges sampled calls and writes what it finds, with bounded memory.
+
+    ``seen`` holds every (op, kernel) of which a call was sampled: the first one always is.
+    """
 
     def __init__(self, file: str) -> None:
         self.file = file
+        self.seen: set[tuple[str, str]] = set()
         self._waiting: queue.Queue[Sampled] = queue.Queue()
         self._bytes, self._lock = 0, threading.Lock()
         self._thread: threading.Thread | None = None
@@ -107,9 +112,8 @@ class Judge:
                 self._waiting.task_done()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps({"time": time.time(), "pid": os.getpid(), **record}) + "\n"
-        with self._lock, open(self.file, "a", encoding="utf-8") as sink:
-            sink.write(line)
+        with self._lock:
+            add_line(self.file, {"time": time.time(), "pid": os.getpid(), **record})
 
 
 def judged(call: Sampled) -> dict[str, Any]:

@@ -74,14 +74,15 @@ def _spelled(value: float) -> float | str:
 def table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """ "worst" and "median" are a call's largest error as a share of its budget; "in" is where it is."""
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table("op", "kernel", header_style="bold")
     for column in ("judged", "failed", "worst", "median", "skipped"):
         shown.add_column(column, justify="right")
     shown.add_column("in")
     for row in rows:
-        failed = f"[red]{row['failed']}[/]" if row["failed"] else "0"
-        shares = (f"{_number(row[k]):.0%}" for k in ("worst", "median"))
+        failed = Text(str(row["failed"]), "red" if row["failed"] else "")
+        shares = [f"{_number(row[k]):.0%}" for k in ("worst", "median")]
         shown.add_row(
             row["op"], row["kernel"], str(row["judged"]), failed, *shares, str(row["skipped"]), row["criterion"]
         )

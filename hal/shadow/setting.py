@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from glm5_hal.errors import HalError, suggest
+from glm5_hal.files import appendable
 
 #: Where sampled calls are written, one JSON object a line, unless the setting names a file.
 FILE = "glm5-shadow.jsonl"
@@ -21,6 +21,10 @@ class Shadow:
     rules: tuple[tuple[str, float], ...] = ()
     file: str = FILE
     provenance: str = "default"
+
+    def __str__(self) -> str:
+        listed = ",".join(f"{glob}:{rate:g}" for glob, rate in self.rules)
+        return f"{listed}; file={self.file}" if self.rules else "off"
 
     def rate(self, op: str) -> float:
         return next((rate for glob, rate in self.rules if fnmatchcase(op, glob)), 0.0)
@@ -44,9 +48,9 @@ def parse(text: str, provenance: str) -> Shadow:
         name, equals, path = (part.strip() for part in option.partition("="))
         if name != "file" or not equals or not path:
             raise bad(f"{option.strip()!r} is no option", "write ;file=PATH")
-    path = os.path.abspath(os.path.expanduser(path))
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path)):
-        raise bad(f"{path} cannot be a file", "name a file in a folder that exists")
+    path, problem = appendable(path)
+    if problem:
+        raise bad(problem, "name a file that can be written, in a folder that exists")
     rules = []
     for piece in listed.split(","):
         glob, _, number = (part.strip() for part in piece.partition(":"))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -166,6 +167,15 @@ def test_how_settings_are_read(text: str, value: object) -> None:
         (("params", "glm-4"), 2, "glm-4"),
         (("conformance", "run", "--backend", "emca"), 2, "known: "),
         (("conformance", "run", "--level", "quick"), 2, "quick"),
+        (("bench", "--model", "glm-5", "--dtype", "bf16"), 2, "did you mean 'bfloat16'?"),
+        (("bench", "--model", "glm-5", "--op", "rms_norm"), 2, "[CONFIG] --op"),
+        (("bench", "--model", "glm-5", "--level", "smoke"), 2, "[CONFIG] --level"),
+        (("bench", "--model", "glm-5", "--seconds", "1"), 2, "[CONFIG] --seconds"),
+        (("bench", "--context", "64"), 2, "[CONFIG] --context"),
+        (("bench", "--batch", "1"), 2, "[CONFIG] --batch"),
+        (("bench", "--tokens", "1"), 2, "[CONFIG] --tokens"),
+        (("bench", "--experts", "8"), 2, "[CONFIG] --experts"),
+        (("bench", "--device", "cpu"), 2, "[CONFIG] --device"),
     ],
 )
 def test_a_mistake_is_told_on_stderr_with_exit_code_2(run: Any, words: tuple[str, ...], code: int, said: str) -> None:
@@ -252,3 +262,35 @@ assert "torch" not in sys.modules
 def test_neither_the_package_nor_the_command_line_imports_torch_before_it_is_needed() -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+# bench
+
+
+def test_what_bench_is_not_told_is_what_its_measure_says(run: Any, fresh: pytest.MonkeyPatch) -> None:
+    """So that a model runs under the policy in force, and an op on the CPU."""
+    from glm5_hal.conformance import bench as of_ops
+
+    told: list[Any] = []
+
+    def measure(*args: Any, **kwargs: Any) -> Any:
+        told.append((args, kwargs))
+        raise HalError("CONFIG", "enough")
+
+    fresh.setattr(of_ops, "measure", measure)
+    run("bench")
+    run("bench", "--op", "rope", "--level", "smoke", "--seconds", "0.1", "--backend", "acme", "--dtype", "float32")
+    assert [args for args, _ in told] == [
+        ("cpu", ["*"], "standard", "bfloat16", 0.5),
+        ("acme", ["rope"], "smoke", "float32", 0.1),
+    ]
+    of_models = ModuleType("bench")
+    of_models.measure, of_models.render = measure, None  # type: ignore[attr-defined]
+    fresh.setitem(sys.modules, "glm5_hal.integrations.transformers", ModuleType("transformers"))
+    fresh.setitem(sys.modules, "glm5_hal.integrations.transformers.bench", of_models)
+    run("bench", "--model", "glm-5")
+    run("bench", "--model", "glm-5", "--context", "9", "--batch", "2", "--dtype", "float32", "--backend", "acme")
+    assert told[2:] == [
+        (("glm-5",), {}),
+        (("glm-5",), {"context": 9, "batch": 2, "dtype": "float32", "backend": "acme"}),
+    ]

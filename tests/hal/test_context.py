@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
-from toys import raised
+from toys import PAIR, installed, kernel_of, published, raised, stand_in, toy
 
 import glm5_hal
 from glm5_hal import context, hookspecs
-from glm5_hal.backend import ATTRIBUTES
+from glm5_hal.backend import ATTRIBUTES, Kernel
 from glm5_hal.errors import HalError
 
 
@@ -191,3 +193,31 @@ def test_a_capture_is_seen_where_torch_says_so(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(HalError) as caught, context.use("cpu"):
         pass
     assert caught.value.code == "CAPTURE"
+
+
+def test_a_provider_of_a_backend_that_cannot_offer_its_kernels_is_not_checked() -> None:
+    """Whether it is named or not, the backends before it serve."""
+
+    def kernels() -> Sequence[Kernel]:
+        raise OSError("no compiler")
+
+    pair = toy(PAIR)
+    with published(), installed(stand_in("good", [kernel_of(PAIR)]), stand_in("acme", kernels)):
+        for policy in ("good,acme", "good,acme:torch"):
+            with glm5_hal.use(policy):
+                assert pair.choose(torch.ones(2, 3)).name == "good:native"
+        with glm5_hal.use("acme:torch"):
+            problem = raised(pair, torch.ones(2, 3))
+    assert problem.code == "NO_KERNEL"
+    assert "no compiler" in str(problem)
+
+
+def test_a_capture_is_seen_on_an_accelerator_that_is_not_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = True
+    quux = SimpleNamespace(is_initialized=lambda: begun, is_current_stream_capturing=lambda: True)
+    monkeypatch.setattr(torch, "get_device_module", lambda: quux)
+    assert context.capturing()
+    begun = False
+    assert not context.capturing(), "asking would start the device"
+    monkeypatch.setattr(torch, "get_device_module", lambda: SimpleNamespace())
+    assert not context.capturing()

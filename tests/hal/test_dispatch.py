@@ -380,6 +380,29 @@ def test_a_kernels_exception_is_reported_and_nothing_else_is_tried() -> None:
     assert "toy_pair=" in problem.fix
 
 
+def test_a_kernels_exception_is_reported_of_a_call_that_it_has_spoilt() -> None:
+    def spoil(x: Any, y: Any = None, *, k: int = 1, mode: str = "plain", flag: bool = False) -> Any:
+        x.resize_(7)
+        raise ValueError("half way")
+
+    with installed(stand_in("acme", [kernel_of(PAIR, fn=spoil)])):
+        problem = raised(pair, ones())
+    assert problem.code == "KERNEL"
+    assert "raised ValueError: half way" in problem.what
+    assert isinstance(problem.__cause__, ValueError)
+
+
+def test_a_fault_of_the_guard_itself_is_not_taken_for_a_new_signature() -> None:
+    def broken(*tensors: Any) -> bool:
+        raise SystemError("the guard of another torch")
+
+    with installed(stand_in("acme", [kernel_of(CROWD)])):
+        crowded(**crowd())
+        crowded._last[0] = [broken, None, None]
+        with pytest.raises(SystemError, match="another torch"):
+            crowded(**crowd())
+
+
 def test_a_kernels_exception_is_reported_through_torch_too() -> None:
     failing = Failing(ValueError("odd shape"))
     with installed(failing.record):

@@ -71,6 +71,14 @@ def wrong(x: Any, weight: Any, *, eps: float) -> Any:
     return x
 
 
+def deeper(x: Any, weight: Any, *, eps: float) -> Any:
+    return NORM.reference(x, weight, eps=eps)[None]
+
+
+def longer(x: Any, weight: Any, *, eps: float) -> Any:
+    return torch.cat([x, x, x], -1)
+
+
 def offering_nothing() -> Sequence[Kernel]:
     raise RuntimeError("no compiler")
 
@@ -80,6 +88,8 @@ def offering_nothing() -> Sequence[Kernel]:
     [
         (stand_in("acme", norm(failing)), "RuntimeError: illegal address"),
         (stand_in("acme", norm(wrong)), "acme:native gave [[3.0, 4.0]], the answer is [[0.84"),
+        (stand_in("acme", norm(deeper)), "acme:native gave [[[0.84"),
+        (stand_in("acme", norm(longer)), "acme:native gave [[3.0, 4.0, 3.0"),
         (stand_in("acme", offering_nothing), "no compiler"),
     ],
 )
@@ -118,15 +128,23 @@ def test_a_bad_setting_is_the_environments_fault_and_no_backends(
 
 def test_settings_are_listed_with_their_origin(in_process: pytest.MonkeyPatch) -> None:
     in_process.setenv("GLM5_BACKEND", "acme")
+    in_process.setenv("GLM5_SHADOW", "topk_*:.1, *:0.01;file=/tmp/s.jsonl")
     in_process.setenv("GLM5_TEST_RIG", "7")
     with installed(stand_in("acme", norm())):
         found = examine()
     assert found.settings == {
         "GLM5_BACKEND": "acme (GLM5_BACKEND)",
         "GLM5_LOG": "off (default)",
+        "GLM5_SHADOW": "topk_*:0.1,*:0.01; file=/tmp/s.jsonl (GLM5_SHADOW)",
         "GLM5_TEST_RIG": "not ours: ignored",
     }
     assert {"python", "platform", "torch", "glm5-hal"} <= set(found.versions)
+
+
+def test_a_setting_that_is_not_there_is_listed_with_its_default(in_process: pytest.MonkeyPatch) -> None:
+    with installed(stand_in("acme", norm())):
+        found = examine()
+    assert found.settings["GLM5_SHADOW"] == "off (default)"
 
 
 def test_the_report_shows_each_fix_in_full(in_process: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,7 +214,7 @@ def ward(tmp_path: Path, fresh: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_broken_plugins_are_named_with_reason_and_fix(ward: Path, fresh: pytest.MonkeyPatch) -> None:
-    context._process.catalogue = Catalogue([r for r in plugins.discover() if not r.builtin])
+    context._process.catalogue = Catalogue([r for r in Catalogue(plugins.find()).records if not r.builtin])
     found = examine(timeout=2.0)
     assert not found.ok
     patients: dict[str, list[Patient]] = {}
@@ -236,7 +254,8 @@ def test_everything_else_works_beside_broken_plugins(
 
 
 def test_the_built_in_backend_is_well() -> None:
-    with installed(*[r for r in plugins.discover() if r.name == "cpu" and r.builtin]):
+    with installed(*[r for r in Catalogue(plugins.find()).records if r.name == "cpu" and r.builtin]):
         (found,) = examine(timeout=60).backends
     assert (found.state, found.kernel) == ("ok", "rms_norm on cpu:torch: right")
+    assert found.communicator == "gloo", "told by the child, which alone has loaded it"
     assert doctor.REPORTED[0] in examine.__globals__["REPORTED"]

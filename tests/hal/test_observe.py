@@ -190,3 +190,16 @@ def test_a_process_that_is_told_by_its_environment(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [(e["op"], e["kernel"]) for e in events] == [("rms_norm", "cpu:reference"), ("topk_indices", "cpu:torch")]
+
+
+def test_a_log_that_cannot_be_written_breaks_no_call_and_is_said_once(
+    fresh: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "events.jsonl"
+    settings(fresh, f"jsonl:{file}")
+    context.settings()
+    file.mkdir()  # after the setting was read
+    for k in (1, 2, 3):
+        assert float(pair(ones, k=k)[0, 0]) == 1 + k
+    (said,) = caplog.records
+    assert str(file) in said.getMessage()

@@ -28,8 +28,8 @@ from glm5_hal.capability import (
     package,
     when,
 )
-from glm5_hal.explanation import described, shape_of
-from glm5_hal.metadata import axis_names
+from glm5_hal.explanation import described
+from glm5_hal.metadata import axis_names, shape_of
 from glm5_hal.ops import specs
 from glm5_hal.ops._common.references import reference_of
 from glm5_hal.plugins import PluginRecord
@@ -82,7 +82,7 @@ def test_auto_takes_the_backend_of_the_tensors_device() -> None:
     here, there = quux(), stand_in("corge", [kernel_of(PAIR)], device_type="corge")
     assert chosen("auto", there, here) == "quux:native"
     assert chosen("auto", there, here, call=call_of(PAIR, "corge")) == "corge:native"
-    assert asked("auto", there, here, call=call_of(PAIR, "grault")) == Resolution("toy_pair", None, ())
+    assert asked("auto", there, here, call=call_of(PAIR, "grault")) == Resolution(None, ())
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -144,6 +144,25 @@ def test_what_is_listed_is_tried_in_thatorder_and_marked_as_a_fallback() -> None
     assert found.chosen is not None
     assert not found.chosen.fallback
     assert trace(found) == [("second:native", "yes")], "what comes later is not asked"
+
+
+def test_a_backend_of_another_device_is_not_what_the_next_one_falls_back_from() -> None:
+    """So that one policy, say "acme,cpu", may name the backend of either device."""
+    elsewhere = stand_in("corge", [kernel_of(PAIR)], device_type="corge")
+    no = quux("first", *providers("native", requires={"native": NO}))
+    broken = PluginRecord("broken", "m", "d", "1", False, "broken", "IMPORT", "it raised", "mend it")
+    missing = quux("missing", probe=lambda: Unavailable("no card", "plug it in"))
+    for policy, fallback in (
+        ("corge,second", False),
+        ("auto,second", False),
+        ("corge,first,second", True),
+        ("corge,missing,second", True),
+        ("broken,second", True),
+    ):
+        others = [elsewhere, broken, missing, no] if "auto" not in policy else [elsewhere]
+        found = asked(policy, *others, quux("second"))
+        assert found.chosen is not None
+        assert (policy, found.chosen.name, found.chosen.fallback) == (policy, "second:native", fallback)
 
 
 def test_every_candidate_answers_where_that_is_asked_for() -> None:

@@ -121,7 +121,7 @@ def plugged(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The generated package as the only installed plugin."""
     monkeypatch.syspath_prepend(fresh / "src")
     point = metadata.EntryPoint("fresh-chip", "glm5_hal_fresh_chip", "glm5_hal.backends")
-    monkeypatch.setattr(context._process, "catalogue", Catalogue(plugins.discover([point])))
+    monkeypatch.setattr(context._process, "catalogue", Catalogue(plugins.find([point])))
     dispatch.clear_tables()
     yield
     dispatch.clear_tables()
@@ -213,6 +213,14 @@ def test_a_name_that_is_taken_is_refused(name: str, who: str, tmp_path: Path) ->
     assert refusal.value.code == "CONFIG"
     assert "another name" in refusal.value.fix
     assert not everything_in(tmp_path)
+
+
+def test_a_name_that_a_given_plugin_has_is_free_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = PluginRecord("mine", "mine", "", "", builtin=False, given="work/mine.py")
+    monkeypatch.setattr(context._process, "catalogue", Catalogue([taken]))
+    with pytest.raises(HalError, match=r"an installed plugin, from plugin work/mine\.py") as refusal:
+        scaffold.write("mine", tmp_path)
+    assert refusal.value.fix == "choose another name, or: leave out --plugin work/mine.py"
 
 
 def test_a_module_that_would_be_hidden_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from toys import (
 )
 
 import glm5_hal
-from glm5_hal import ops
+from glm5_hal import ops, torchlib
 from glm5_hal.errors import HalError
 from glm5_hal.ops import names, specs
 from glm5_hal.torchlib import differentiable, schema
@@ -133,6 +133,17 @@ def test_a_fake_call_that_is_wrong_is_refused() -> None:
         assert raised(torch.ops.glm5.rms_norm, x, torch.ones(4), eps=1e-5).code == "SHAPE"
         assert raised(torch.ops.glm5.rms_norm, x, torch.ones(3, dtype=torch.int32), eps=1e-5).code == "DTYPE"
         assert raised(torch.ops.glm5.rms_norm, x, torch.ones(3), eps=-1.0).code == "SCALAR"
+
+
+def test_of_two_faults_a_fake_call_and_a_real_one_name_the_same() -> None:
+    x, elsewhere = torch.ones(2, 3), {"device": "meta"}
+    for weight, code in (
+        (torch.ones(3, dtype=torch.int32, **elsewhere), "DTYPE"),
+        (torch.ones(4, **elsewhere), "SHAPE"),
+        (torch.ones(3, **elsewhere), "DEVICE"),
+    ):
+        assert raised(ops.rms_norm, x, weight, eps=1e-5).code == code
+        assert raised(torchlib.fake(specs()["rms_norm"]), x, weight, eps=1e-5).code == code
 
 
 @pytest.mark.parametrize("stranger", ["x", "weight"])

@@ -2,12 +2,16 @@
 
 import importlib
 import textwrap
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+
 from glm5_hal.backend import Device, Unavailable
+from glm5_hal.catalogue import Catalogue
 from glm5_hal.hookspecs import GROUP
-from glm5_hal.plugins import LOAD_DEADLINE, PROBE_DEADLINE, PluginRecord, check_up, discover
+from glm5_hal.plugins import LOAD_DEADLINE, PROBE_DEADLINE, PluginRecord, check_up, discovery, find
 
 HEAD = """
 from glm5_hal import Backend, Device, Kernel, Unavailable, hookimpl
@@ -27,6 +31,18 @@ def probe_in_a_child(record: PluginRecord, deadline: float = PROBE_DEADLINE) -> 
     """What the probe finds there, or why the plugin could not be loaded there."""
     checked = check_up(record, deadline, "probe")
     return checked.found or Unavailable(checked.record.reason, checked.record.fix, fault=True)
+
+
+def discover(
+    entry_points: Iterable[metadata.EntryPoint] | None = None,
+    *,
+    given: Sequence[str] = (),
+    deadline: float = LOAD_DEADLINE,
+) -> tuple[PluginRecord, ...]:
+    """Every plugin, found and loaded, in order. Each outside one has ``deadline`` seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(discovery, "LOAD_DEADLINE", deadline)
+        return Catalogue(find(entry_points, given)).records
 
 
 class Site:

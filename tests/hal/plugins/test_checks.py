@@ -12,8 +12,8 @@ from .site import Site, backend
     [
         (HAL_API[1] + 1, "pip install -U 'glm5-hal'"),
         ((HAL_API[1] + 1, HAL_API[1] + 3), "pip install -U 'glm5-hal'"),
-        (HAL_API[0] - 1, "pip install -U 'acme-hal'"),
-        ((HAL_API[0] - 2, HAL_API[0] - 1), "pip install -U 'acme-hal'"),
+        (HAL_API[0] - 1, "pip install -U 'acme-hal', or take it out: pip uninstall acme-hal"),
+        ((HAL_API[0] - 2, HAL_API[0] - 1), "pip install -U 'acme-hal', or take it out: pip uninstall acme-hal"),
     ],
 )
 def test_a_contract_that_this_core_does_not_speak_says_which_side_to_upgrade(

@@ -18,6 +18,16 @@ def in_a_child(site: Site, body: str, deadline: float = 20.0) -> Device | Unavai
     return probe_in_a_child(site.record("acme"), deadline)
 
 
+def test_what_a_hang_is_looked_into_with_is_known_without_the_plugin(site: Site) -> None:
+    site.install("acme", probing("while True: pass", smi=("acme-smi", "-L")))
+    (record,) = [r for r in find() if r.name == "acme"]
+    found = check_up(record, 3.0)
+    assert isinstance(found.found, Unavailable)
+    assert "did not answer" in found.found.reason
+    assert found.found.fix.startswith("see whether `acme-smi -L` answers")
+    assert found.ended == found.found.reason
+
+
 def broken_in_a_child(site: Site, body: str, deadline: float = 20.0) -> str:
     found = in_a_child(site, body, deadline)
     assert isinstance(found, Unavailable)
@@ -157,7 +167,7 @@ def test_a_plugin_that_ends_or_hangs_what_loads_it(site: Site, body: str, code: 
     assert (found.record.status, found.record.code, found.found, found.kernel) == ("broken", code, None, "")
     assert reason in found.record.reason
     assert "pip install -U 'acme-hal'" in found.record.fix
-    assert found.crashed == ("" if code == "IMPORT" else found.record.reason)
+    assert found.ended == ("" if code == "IMPORT" else found.record.reason)
 
 
 NORM = """
@@ -169,7 +179,7 @@ def kernels():
 
 
 @pytest.mark.parametrize(
-    ("body", "offer", "kernel", "crashed"),
+    ("body", "offer", "kernel", "ended"),
     [
         ("return x * (x * x).mean(-1, keepdim=True).rsqrt() * weight", "", "rms_norm on acme:native: right", False),
         ("return x", "", "failed: acme:native gave [[3.0, 4.0]]", False),
@@ -182,13 +192,13 @@ def kernels():
         ("", "return ()", "no rms_norm to try", False),
     ],
 )
-def test_a_tiny_kernel_is_tried_there_too(site: Site, body: str, offer: str, kernel: str, crashed: bool) -> None:
+def test_a_tiny_kernel_is_tried_there_too(site: Site, body: str, offer: str, kernel: str, ended: bool) -> None:
     offer = offer or "return [Kernel('rms_norm', 'native', norm)]"
     found = checked(site, NORM.format(body=body or "pass", offer=offer) + GOOD)
     assert found.record.status == "ok"
     assert isinstance(found.found, Device)
     assert found.kernel.startswith(kernel)
-    assert bool(found.crashed) == crashed
+    assert bool(found.ended) == ended
 
 
 def test_a_kernel_that_hangs_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from glm5_hal.hookspecs import GROUP
-from glm5_hal.plugins import discover
+from glm5_hal.plugins import find
 
-from .site import GOOD, HEAD, Site, backend
+from .site import GOOD, HEAD, Site, backend, discover
 
 
 def test_two_distributions_with_one_backend_name_are_both_refused(site: Site) -> None:
@@ -107,6 +107,39 @@ def test_a_distribution_that_cannot_be_read_at_all_hides_no_other(site: Site) ->
     importlib.invalidate_caches()
     found = {record.name: (record.dist, record.code) for record in discover() if record.name in ("acme", "zeta")}
     assert found == {"acme": ("acme-hal", ""), "zeta": ("", "ENTRY_POINT")}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_entry_points_that_are_no_text_are_a_record_too(site: Site, named: bool) -> None:
+    info = site.folder / "odd_hal-1.0.dist-info"
+    info.mkdir()
+    if named:
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: odd-hal\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_bytes(f"[{GROUP}]\nodd = odd_plugin\n".encode() + b"\xff\xfe")
+    importlib.invalidate_caches()
+    (record,) = [record for record in find() if record.code == "METADATA"]
+    assert (record.name, record.dist) == (("odd-hal", "odd-hal") if named else ("unknown", ""))
+    assert "entry_points.txt cannot be read: UnicodeDecodeError" in record.reason
+    assert str(site.folder) in record.reason
+    assert record.fix
+
+
+def test_entry_points_that_say_nothing_at_all_are_logged(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.install("acme")
+    read = metadata.PathDistribution.read_text
+
+    def failing(self: metadata.PathDistribution, name: str) -> str | None:
+        if name == "entry_points.txt" and self.metadata["Name"] == "acme-hal":
+            raise OSError(5, "Input/output error")
+        return read(self, name)
+
+    monkeypatch.setattr(metadata.PathDistribution, "read_text", failing)
+    assert not [record for record in find() if record.dist == "acme-hal"]
+    (said,) = caplog.records
+    assert "entry_points.txt of acme-hal in " in said.getMessage()
+    assert "Input/output error" in said.getMessage()
 
 
 def test_builtin_plugins_come_first_then_priority_then_name(site: Site) -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from glm5_hal import context
 from glm5_hal.backend import Device
-from glm5_hal.plugins import PluginRecord, check_up, discover
+from glm5_hal.plugins import PluginRecord, check_up
 
-from .site import GOOD, HEAD, Site, backend, line_of
+from .site import GOOD, HEAD, Site, backend, discover, line_of
 
 SOURCE = f"NAME = 'wip'\n{HEAD}{GOOD}"
 
@@ -76,6 +76,12 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
         "the plugin speaks hal_api 99",
         "pip install -U 'glm5-hal'",
     ),
+    "is of a contract of the past": (
+        f"NAME = 'wip'\n{HEAD}{backend(hal_api=0)}",
+        "HAL_API",
+        "the plugin speaks hal_api 0",
+        "mend work/bad_plugin.py",
+    ),
 }
 
 
@@ -137,5 +143,20 @@ def test_it_belongs_to_the_process_and_outlives_a_reset_and_a_fork(monkeypatch: 
     if child == 0:
         os._exit(context.catalogue().record("wip").status != "ok")
     assert os.waitpid(child, 0)[1] == 0
+    monkeypatch.undo()
+    context.reset()
+
+
+def test_including_it_loads_no_plugin_of_another_name(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = tmp_path / "loaded"
+    site.install("zeta", f"open({str(loaded)!r}, 'w')" + GOOD)
+    written("work/plugin_f.py")
+    monkeypatch.setattr(context, "_given", [])
+    assert context.include("work/plugin_f.py").status == "ok"
+    assert not loaded.exists()
+    site.install("wip")  # whose name it takes
+    assert context.include("work/plugin_f.py").code == "DUPLICATE"
     monkeypatch.undo()
     context.reset()

@@ -4,12 +4,16 @@ import inspect
 import textwrap
 
 import pytest
+import torch
 
+import glm5_hal
+from glm5_hal import context
 from glm5_hal.backend import Kernel
+from glm5_hal.catalogue import Catalogue
 from glm5_hal.errors import HalError
 from glm5_hal.plugins import load_kernels
 
-from .site import GOOD, Site
+from .site import GOOD, Site, line_of
 
 
 def op(x: object, weight: object = None, *, eps: float = 1e-6) -> object: ...
@@ -154,3 +158,34 @@ def test_a_plugin_that_is_not_ok_has_no_kernels(site: Site) -> None:
     with pytest.raises(HalError, match=r"plugin acme .*ValueError: x") as caught:
         load_kernels(site.record("acme"), SIGNATURES)
     assert caught.value.code == "PLUGIN"
+
+
+ODD = """
+class Pairs:
+    def __iter__(self):
+        raise SystemExit(9)
+class Odd:
+    reads = {reads}
+    def describe(self): return "odd"
+    def test(self, call, facts): raise SystemExit(8)
+def norm(x, weight, *, eps): ...
+def kernels():
+    return [Kernel('rms_norm', 'native', norm, (Odd(),))]
+"""
+
+
+def test_a_requirement_that_leaves_while_it_says_what_it_reads_is_told_with_its_place(site: Site) -> None:
+    file = site.install("acme", ODD.format(reads="Pairs()") + GOOD)
+    with pytest.raises(HalError) as caught:
+        Catalogue([site.record("acme")]).all_kernels("acme")
+    assert caught.value.code == "CONTRACT"
+    assert f"SystemExit: 9, at {line_of(file, 'raise SystemExit(9)')}" in caught.value.what
+
+
+def test_a_requirement_that_leaves_while_it_is_asked_is_told_with_its_place(site: Site) -> None:
+    file = site.install("acme", ODD.format(reads="frozenset()") + GOOD)
+    x = torch.ones(2, 3)
+    with context.installed(Catalogue([site.record("acme")])), glm5_hal.use("acme"), pytest.raises(HalError) as caught:
+        glm5_hal.ops.rms_norm(x, x[0], eps=1e-5)
+    assert caught.value.code == "NO_KERNEL"
+    assert f"SystemExit: 8, at {line_of(file, 'raise SystemExit(8)')}" in str(caught.value)

@@ -3,9 +3,12 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 from glm5_hal import context
+from glm5_hal.backend import Unavailable
 from glm5_hal.catalogue import Catalogue
-from glm5_hal.plugins import PluginRecord, check_up_all, find, vetted
+from glm5_hal.plugins import PROBE_DEADLINE, Checkup, PluginRecord, check_up_all, child, find, vetted
 
 from .site import GOOD, Site, probing
 
@@ -37,10 +40,16 @@ def test_what_crashed_is_failed_and_what_is_in_order_is_still_to_be_loaded(site:
     site.install("exits", EXIT)
     site.install("dies", probing("import ctypes; ctypes.string_at(0)"))
     site.install("absent", probing("return Unavailable('no card', 'plug it in')"))
+    site.install("raises", probing("raise OSError('no driver')"))
+    site.install("odd", probing("return True"))
+    site.install("says", probing("return Unavailable('old driver', 'update it', fault=True)"))
     records = {r.name: r for r in vetted(found(site))}
     assert {name: r.code for name, r in records.items()} == {
         "acme": "",
         "absent": "",
+        "raises": "",
+        "odd": "",
+        "says": "",
         "exits": "CRASH",
         "dies": "CRASH",
     }
@@ -48,6 +57,22 @@ def test_what_crashed_is_failed_and_what_is_in_order_is_still_to_be_loaded(site:
     catalogue = Catalogue(list(records.values()))
     assert catalogue.record("acme").backend is not None
     assert catalogue.record("dies").backend is None
+    raising = catalogue.device("raises")
+    assert isinstance(raising, Unavailable)
+    assert "the probe raised OSError: no driver" in raising.reason
+
+
+def test_a_probe_has_the_time_of_a_probe(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def check_up(record: PluginRecord, deadline: float, last: str) -> Checkup:
+        given.append(deadline)
+        return Checkup(record)
+
+    site.install("acme")
+    monkeypatch.setattr(child, "check_up", check_up)
+    vetted(found(site))
+    assert given == [PROBE_DEADLINE]
 
 
 def test_a_call_loads_no_plugin_that_cannot_serve_it(site: Site, tmp_path: Path) -> None:

@@ -153,3 +153,30 @@ def test_a_full_queue_skips_and_does_not_grow(file: Path, monkeypatch: pytest.Mo
     skipped = [r for r in records(file) if "skipped" in r]
     assert len(skipped) >= 5
     assert "wait" in skipped[0]["skipped"]
+
+
+@pytest.mark.parametrize("most", [1 << 20, 0], ids=["judged", "skipped"])
+def test_a_file_that_cannot_be_written_breaks_no_call_and_is_said_once(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, most: int
+) -> None:
+    monkeypatch.setattr(judging, "CALL_BYTES", most)
+    sampled(file)
+    file.mkdir()  # after the setting was read
+    for tokens in (1, 2, 3):
+        ops.rms_norm(torch.randn(tokens, 64), torch.ones(64), eps=1e-5)
+    assert shadow.flush(20), "the judge works on"
+    (said,) = caplog.records
+    assert str(file) in said.getMessage()
+    file.rmdir()
+    ops.rms_norm(torch.randn(4, 64), torch.ones(64), eps=1e-5)
+    assert len(records(file)) == 1
+
+
+def test_the_rate_holds_where_every_call_has_a_shape_of_its_own(file: Path) -> None:
+    """As in serving, where the number of tokens is seldom the same twice."""
+    sampled(file, "*:0.1")
+    for tokens in range(1, 201):
+        ops.rms_norm(torch.randn(tokens, 8), torch.ones(8), eps=1e-5)
+    assert 5 < len(records(file)) < 50  # 21 expected, 4.2 the standard deviation
+    ops.silu_and_mul(torch.randn(2, 8))
+    assert records(file)[-1]["op"] == "silu_and_mul", "the first of each op is always sampled"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,22 @@ def test_a_glob_that_no_op_matches_is_refused_with_the_nearest_op() -> None:
         parse("topk_index:0.5", "t")
     assert (caught.value.code, caught.value.value) == ("UNKNOWN", "topk_index")
     assert "topk_indices" in caught.value.fix
+
+
+@pytest.mark.parametrize("variable", ["GLM5_SHADOW", "GLM5_LOG"])
+def test_a_file_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """By asking: a folder's mode would not stop root."""
+    file, full = tmp_path / "new.jsonl", tmp_path / "full.jsonl"
+    full.touch()
+    closed = [tmp_path]
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in closed)
+    spelled = {"GLM5_SHADOW": "rope:1;file={}", "GLM5_LOG": "jsonl:{}"}[variable]
+    with pytest.raises(HalError, match="cannot be written") as caught:
+        from_environment({variable: spelled.format(file)})
+    assert caught.value.code == "CONFIG"
+    from_environment({variable: spelled.format(full)})  # what is there already needs no leave to be made
+    closed = [full]
+    with pytest.raises(HalError, match="cannot be written"):
+        from_environment({variable: spelled.format(full)})
