@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from glm5_hal.conformance.pool import Incident, Plan, Pool, Task
+from glm5_hal.conformance.plan import Incident, Plan, Task
+from glm5_hal.conformance.pool import Pool
 from glm5_hal.conformance.process import SERVE
 from glm5_hal.conformance.results import Result
 

@@ -61,7 +61,8 @@ def _in_workers(wanted: Session) -> Done:
     import torch
 
     from glm5_hal.conformance.aftermath import culprits
-    from glm5_hal.conformance.pool import Plan, Pool, Task
+    from glm5_hal.conformance.plan import Plan, Task
+    from glm5_hal.conformance.pool import Pool
 
     plan = Plan(
         wanted.backend,

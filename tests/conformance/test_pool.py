@@ -18,7 +18,8 @@ import scripted
 
 from glm5_hal.conformance.aftermath import culprits
 from glm5_hal.conformance.cases import find
-from glm5_hal.conformance.pool import Plan, Pool, Task
+from glm5_hal.conformance.plan import Plan, Task
+from glm5_hal.conformance.pool import Pool
 from glm5_hal.conformance.results import Result
 from glm5_hal.errors import HalError
 
@@ -251,7 +252,8 @@ def test_nothing_that_a_kernel_started_outlives_its_worker(tmp_path: Path, monke
 RUNNER = """
 import sys, test_pool as t
 print(t.os.getpid(), flush=True)
-from glm5_hal.conformance.pool import Plan, Pool, Task
+from glm5_hal.conformance.plan import Plan, Task
+from glm5_hal.conformance.pool import Pool
 with Pool(Plan("scripted", sys.argv[1], memory=0.0), "scripted:serve") as pool:
     pool.targets()
     print("started", flush=True)
