@@ -57,6 +57,12 @@ def settled(task: Task, result: Result) -> tuple[Task, Result, Incident | None]:
     after = replace(task, policies=rest, before="", company=())
     if task.before.split(" ")[0] in ("", result.verdict):
         return after, result, None
-    last, policy = task.company[-1]
-    said = f"it gave {task.before} after {len(task.company)} other kernels, the last {last.id} on {policy}"
-    return after, replace(result, remark=said), Incident(task.case, result.backend, task.before, task.company)
+    incident = Incident(task.case, result.backend, task.before, task.company)
+    return after, replace(result, remark=incident.remark), incident
+
+
+def idle(begun: Sequence[tuple[Case, str]], ending: Ending, seconds: float) -> Incident:
+    """A worker that ended when it was judging nothing: what had run in it may have left a thread that ended it."""
+    kind, _, detail = verdict(ending, seconds)
+    case, policy = begun[-1]
+    return Incident(case, policy, f"{kind} ({detail})", tuple(begun[:-1]), idle=True)

@@ -84,9 +84,21 @@ class Task:
 
 @dataclass(frozen=True)
 class Incident:
-    """A case that failed after others (``company``, the last of them last) and not alone. ``before`` says how."""
+    """A worker that was damaged, and not by the case that it was judging: that one failed after others (``company``,
+    the last of them last) and not alone; or, ``idle``, it was judging none when it ended, and this is the last that
+    had run in it. ``before`` says how."""
 
     case: Case
     policy: str
     before: str
     company: tuple[tuple[Case, str], ...]
+    idle: bool = False
+
+    @property
+    def remark(self) -> str:
+        """What is told of it beside the case's own result."""
+        if self.idle:
+            others = f" and {len(self.company)} other kernels" if self.company else ""
+            return f"its worker gave {self.before} when it{others} had run there and none was running"
+        last, policy = self.company[-1]
+        return f"it gave {self.before} after {len(self.company)} other kernels, the last {last.id} on {policy}"

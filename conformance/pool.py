@@ -16,7 +16,7 @@ from typing import Any
 
 from glm5_hal.backend import Device
 from glm5_hal.conformance.cases import Case
-from glm5_hal.conformance.fate import again, blamed, left, settled, unprepared, verdict
+from glm5_hal.conformance.fate import again, blamed, idle, left, settled, unprepared, verdict
 from glm5_hal.conformance.plan import START, STARTS, Incident, Plan, Task
 from glm5_hal.conformance.process import SERVE, Ending, Process, place
 from glm5_hal.conformance.results import Result, from_record
@@ -79,6 +79,21 @@ class Pool:
             for slot in self._slots:
                 self._assign(slot, waiting)
             yield from self._turn()
+        for slot in self._slots:  # one that has ended since is not to be forgotten
+            while slot.process is not None and slot.begun:
+                yield from self._see_to(slot, slot.process)
+                if slot.process is None or not slot.process.closing:
+                    break
+
+    def watch(self, seconds: float) -> None:
+        """Wait for a worker's end, which is an incident, though nothing runs in it any more."""
+        until, known = time.monotonic() + seconds, len(self.incidents)
+        while len(self.incidents) == known and (rest := until - time.monotonic()) > 0:
+            self._selector.select(rest)
+            for slot in self._slots:
+                if slot.process is not None:
+                    for _ in self._see_to(slot, slot.process):
+                        pass
 
     # --- one worker's life -------------------------------------------------------------------------------------------
 
@@ -186,11 +201,14 @@ class Pool:
     # --- what becomes of a case whose worker is gone -----------------------------------------------------------------
 
     def _lost(self, slot: _Slot, ending: Ending) -> Iterator[Result]:
-        if slot.task is None:
-            if not slot.begun:
+        task, used = slot.task, len(slot.begun) - bool(slot.policy)
+        if task is None or not task.policies:  # it was judging nothing
+            slot.task = None
+            if slot.begun:
+                self.incidents.append(idle(slot.begun, ending, self.plan.seconds(slot.begun[-1][0])))
+            else:
                 self._not_started(ending)
             return
-        task, used = slot.task, len(slot.begun) - bool(slot.policy)
         seconds = self.plan.seconds(task.case)
         if used:
             kind, _, detail = verdict(ending, seconds)

@@ -127,6 +127,11 @@ class Process:
     def fds(self) -> tuple[int, ...]:
         return self.channel.socket.fileno(), self._report, self._output
 
+    @property
+    def closing(self) -> bool:
+        """It has closed its channel, and the report of its end has not come yet."""
+        return self._gone > 0
+
     def send(self, message: Mapping[str, Any]) -> None:
         with suppress(OSError):  # it is gone: the next look at it says how
             self.channel.send(message)

@@ -44,7 +44,9 @@ class Result:
         work: the call's floating-point operations and bytes ("flops", "bytes"), as its op declares them.
         seconds: the whole case; kernel_seconds: the judged run alone.
         repro: the command that runs this case again.
-        remark: what the case gave in a worker that others had used, where alone it gives something else.
+        remark: what the case gave in a worker that others had used, where alone it gives something else; or how its
+            worker ended afterwards, when nothing was running. Who did that was looked for, and ``culprit`` is the
+            kernel that does it again, as "CASE on POLICY"; "" where none is known.
         log: the last lines that its worker process printed, where that process did not survive the case.
     """
 
@@ -72,6 +74,7 @@ class Result:
     work: Mapping[str, float] = field(default_factory=dict)
     log: str = ""
     remark: str = ""
+    culprit: str = ""
     schema: int = SCHEMA
 
     @property

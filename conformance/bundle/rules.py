@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from glm5_hal.conformance import relations
 from glm5_hal.conformance.bundle.manifest import Manifest
@@ -39,6 +39,14 @@ def of_the_verdict(result: Result, book: Book) -> Iterator[str]:
     if (excused.verdict, excused.waiver) != (result.verdict, result.waiver):
         yield f"{result.verdict} by waiver {result.waiver!r}, by the waivers it is {excused.verdict} {excused.waiver!r}"
     yield from _of_the_numbers(plain)
+
+
+def of_the_culprit(result: Result, failed: Collection[str]) -> Iterator[str]:
+    """What does not follow of who damaged a worker. ``failed``: what failed in the bundle, as "CASE on POLICY"."""
+    if result.culprit and not result.remark:
+        yield f"{result.culprit} is named as the culprit of nothing"
+    if result.culprit and result.culprit not in failed:
+        yield f"{result.culprit} is named as the culprit, and has not failed"
 
 
 def _of_the_numbers(r: Result) -> Iterator[str]:

@@ -182,12 +182,13 @@ def _told(tallies: Sequence[Tally]) -> str:
 
 def _results(bundle: Bundle) -> Iterator[Problem]:
     said = bundle.manifest
+    failed = {f"{r.case} on {r.backend}" for r in bundle.results if r.verdict not in ("PASS", "UNSUPPORTED")}
     for r in bundle.results:
         for problem in _contradictions(r, said):
             yield Problem("RECORD", r.case, problem)
         if r.evidence not in EVIDENCE or EVIDENCE.index(r.evidence) < EVIDENCE.index(said.device.evidence):
             yield Problem("EVIDENCE", r.case, f"claims {r.evidence}, the device gives {said.device.evidence}")
-        for problem in rules.of_the_verdict(r, bundle.book):
+        for problem in (*rules.of_the_verdict(r, bundle.book), *rules.of_the_culprit(r, failed)):
             yield Problem("VERDICT", r.case, problem)
 
 

@@ -72,6 +72,18 @@ def later(stage: Stage) -> None:
     threading.Timer(0.3, os.abort).start()
 
 
+def exit_afterwards(stage: Stage) -> None:
+    """The answer is sent, and that it was the last one is not."""
+    send = stage.channel.send
+
+    def last(message: Any) -> None:
+        send(message)
+        if "result" in message:
+            os._exit(3)
+
+    stage.channel.send = last  # type: ignore[method-assign]
+
+
 def starve(stage: Stage) -> None:
     os.write(2, b"terminate called after throwing an instance of 'std::bad_alloc'\n")
     os.abort()
@@ -143,6 +155,11 @@ def abort_once(stage: Stage) -> None:
         os.abort()
 
 
+def abort_once_later(stage: Stage) -> None:
+    if not Path(os.environ["ABORTED_ONCE"]).exists():
+        threading.Timer(0.3, abort_once, [stage]).start()
+
+
 DEEDS: dict[str, Callable[[Stage], Any]] = {
     "pass": lambda stage: None,
     "fail": lambda stage: {"verdict": "FAIL", "code": "accuracy", "detail": "wrong"},
@@ -152,6 +169,7 @@ DEEDS: dict[str, Callable[[Stage], Any]] = {
     "segv": segv,
     "abort later": later,
     "abort": lambda stage: os.abort(),
+    "exit afterwards": exit_afterwards,
     "exit 0": lambda stage: os._exit(0),
     "starve": starve,
     "kill itself": lambda stage: os.kill(os.getpid(), signal.SIGKILL),
@@ -175,6 +193,7 @@ DEEDS: dict[str, Callable[[Stage], Any]] = {
     "fail and spoil": lambda stage: spoil(stage) or {"verdict": "FAIL", "code": "accuracy"},
     "allocate": allocate,
     "abort once": abort_once,
+    "abort once, later": abort_once_later,
     "pause": lambda stage: time.sleep(1.0),
     "exit 0 once": exit_once,
     "leave children and hang": leave_and_hang,

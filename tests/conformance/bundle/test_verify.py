@@ -164,6 +164,10 @@ ALTERED: dict[str, tuple[Alter, str, str, str]] = {
     "a bad input was not refused": (
         result(BAD, lambda r: r["checks"].update(errors="failed: accepted")), RESULTS, "VERDICT", BAD,
     ),
+    "damage is put down to a case that passed": (
+        result(PASSES, lambda r: r.update(remark="it gave CRASH", culprit=f"{BAD} on {bundles.TARGET}")),
+        RESULTS, "VERDICT", PASSES,
+    ),
     "a case is taken out": (without(FAILS), RESULTS, "CASES", FAILS),
     "a case is there twice": (with_copy(PASSES), RESULTS, "CASES", PASSES),
     "a case is made up": (with_copy(PASSES, case=EASY), RESULTS, "CASES", EASY),
