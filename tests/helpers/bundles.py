@@ -1,4 +1,7 @@
-"""A small bundle of everything: passes, failures, a waived one, bad inputs, UNSUPPORTED; and an attacker's tools."""
+"""A small bundle of everything: passes, failures, a waived one, bad inputs, UNSUPPORTED; and an attacker's tools.
+
+As a module it is the plugin, too, whose backend the bundle judges.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 
+from glm5_hal import Backend, Kernel, hookimpl
 from glm5_hal.backend import Device
 from glm5_hal.conformance import runner
 from glm5_hal.conformance.bundle import files, fingerprint
@@ -80,6 +84,13 @@ def backend() -> Iterator[None]:
     """The backend that the bundle judges, installed."""
     with installed(*KERNELS, probe=probe):
         yield
+
+
+@hookimpl
+def glm5_backend() -> Backend:
+    return Backend(
+        NAME, "cpu", probe, lambda: [Kernel(k.op, k.provider, k.fn, k.requires, k.provides) for k in KERNELS]
+    )
 
 
 def committed() -> Suite:

@@ -66,8 +66,7 @@ def test_verify_computes_cases_again_and_says_which_choice_it_was(run: Run, bund
     result(PASSES, lambda r: r["errors"].update({"y.row": 1e-12}))(bundle)
     bundles.reseal(bundle)
     assert run("verify", bundle)[0] == 0
-    with bundles.backend():
-        code, said = run("verify", bundle, "--rerun", 100, "--seed", 3, "--json")
+    code, said = run("verify", bundle, "--rerun", 100, "--seed", 3, "--plugin", "bundles", "--json")
     found = json.loads(said)
     assert (code, found["rerun"]["seed"], len(found["rerun"]["cases"])) == (4, 3, 7)
     assert {(p["code"], p["where"]) for p in found["problems"]} == {("RERUN", PASSES)}

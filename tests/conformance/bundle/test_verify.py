@@ -22,8 +22,7 @@ Alter = Callable[[Path], Any]
 def found(folder: Path, *, again: bool = False) -> list[Problem]:
     problems, bundle = verify(folder)
     if again and bundle is not None:
-        with bundles.backend():
-            problems += rerun(bundle, 100, seed=0).problems
+        problems += rerun(bundle, 100, 0, plugin="bundles").problems
     return problems
 
 
@@ -31,6 +30,7 @@ def named(problems: list[Problem]) -> set[tuple[str, str]]:
     return {(p.code, p.where) for p in problems}
 
 
+@pytest.mark.usefixtures("computed_once")
 def test_a_bundle_as_it_was_written_holds_together_and_computes_the_same_again(bundle: Path) -> None:
     verdicts = {r["case"]: r["verdict"] for r in bundles.records(bundle)}
     assert [verdicts[c] for c in (PASSES, FAILS, WAIVED, UNSUPPORTED, BAD)] == [
@@ -39,15 +39,22 @@ def test_a_bundle_as_it_was_written_holds_together_and_computes_the_same_again(b
     assert found(bundle, again=True) == []
 
 
+@pytest.mark.usefixtures("computed_once")
 def test_a_rerun_compares_numbers_where_the_device_is_the_same_and_says_where_not(bundle: Path) -> None:
     read = files.read(bundle)
-    with bundles.backend():
-        assert rerun(read, 2, seed=1).unlike == ""
-        other = replace(read.manifest, device=replace(read.manifest.device, name="another"))
-        assert rerun(replace(read, manifest=other), 2, seed=1).unlike == "name stand-in here, another there"
-        assert len(rerun(read, 2, seed=1).cases) == 2
-        assert rerun(read, 3, seed=1).cases == rerun(read, 3, seed=1).cases
-        assert len({rerun(read, 3, seed=n).cases for n in range(5)}) > 1
+    plugin = "bundles"
+    assert rerun(read, 2, 1, plugin=plugin).unlike == ""
+    other = replace(read.manifest, device=replace(read.manifest.device, name="another"))
+    assert rerun(replace(read, manifest=other), 2, 1, plugin=plugin).unlike == "name stand-in here, another there"
+    assert len(rerun(read, 2, 1, plugin=plugin).cases) == 2
+    assert rerun(read, 3, 1, plugin=plugin).cases == rerun(read, 3, 1, plugin=plugin).cases
+    assert len({rerun(read, 3, n, plugin=plugin).cases for n in range(3)}) > 1
+
+
+def test_what_passes_by_itself_and_damages_others_is_not_computed_again(bundle: Path) -> None:
+    read = files.read(bundle)
+    culprits = tuple(replace(r, verdict="CRASH", code="AFTERMATH") for r in read.results)
+    assert rerun(replace(read, results=culprits), 5, seed=0, plugin="bundles").cases == ()
 
 
 # --- altered in more than twenty ways --------------------------------------------------------------------------------
@@ -217,6 +224,7 @@ def test_an_altered_bundle_is_found_out_by_its_sums(bundle: Path, name: str) -> 
     assert ("EDITED", touched) in named(found(bundle))
 
 
+@pytest.mark.usefixtures("computed_once")
 @pytest.mark.parametrize("name", ALTERED)
 def test_an_altered_bundle_is_found_out_with_all_sums_and_reports_made_anew(bundle: Path, name: str) -> None:
     alter, _, code, where = ALTERED[name]
