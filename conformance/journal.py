@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -111,7 +111,7 @@ def _complete_lines(path: Path) -> dict[Key, Result]:
     for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
         try:
             result = from_record(json.loads(line))
-        except (ValueError, TypeError, AttributeError, KeyError) as problem:
+        except (ValueError, RecursionError) as problem:
             what = f"{path}, line {number} is no result ({problem})"
             raise HalError("CONFIG", what, value=number, fix="run without --resume, or into another --out") from None
         found[result.case, result.backend] = result
@@ -144,8 +144,7 @@ def _alone(folder: Path) -> Iterator[None]:
             what = f"another run is writing into {folder}"
             raise HalError("CONFIG", what, value=str(folder), fix="wait for it, or choose another --out") from None
         except OSError:  # a file system without locks
-            with suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)
+            pass
         yield
     finally:
         os.close(handle)

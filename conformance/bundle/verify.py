@@ -167,11 +167,8 @@ def _manifest(bundle: Bundle, folder: Path) -> Iterator[Problem]:
     tallies = bundle.book.tally(bundle.results)
     if said.waivers != tallies:
         yield Problem("COUNTS", MANIFEST, f"waivers {_told(said.waivers)}, they are {_told(tallies)}")
-    try:
-        if datetime.fromisoformat(said.ended) < datetime.fromisoformat(said.started):
-            yield Problem("RECORD", MANIFEST, "the run ends before it starts")
-    except (TypeError, ValueError):
-        yield Problem("MALFORMED", MANIFEST, "a time cannot be read")
+    if datetime.fromisoformat(said.ended) < datetime.fromisoformat(said.started):
+        yield Problem("RECORD", MANIFEST, "the run ends before it starts")
     for problem in rules.of_the_device(said):
         yield Problem("EVIDENCE", MANIFEST, problem)
 

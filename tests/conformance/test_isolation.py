@@ -13,10 +13,10 @@ from typing import Any
 
 import hostile
 import pytest
+from bundles import read
 
 from glm5_hal.conformance.bundle import files
 from glm5_hal.conformance.bundle.rerun import rerun
-from glm5_hal.conformance.results import read
 
 #: In this order, so that few workers are used up.
 CASES = {

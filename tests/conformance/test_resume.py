@@ -15,10 +15,11 @@ from typing import Any
 
 import hostile
 import pytest
+from bundles import read
 
 from glm5_hal.conformance import journal
 from glm5_hal.conformance.identity import differences
-from glm5_hal.conformance.results import Result, from_record, read
+from glm5_hal.conformance.results import Result, from_record
 from glm5_hal.errors import HalError
 
 IDENTITY = {"level": "smoke", "seed": 0, "versions": {"torch": "2.13.0"}}

@@ -123,8 +123,13 @@ def rates() -> Limits:
 Record = dict[str, Any]
 
 
+def read(path: Path) -> list[Record]:
+    """The records of a results.jsonl, or of a part of one."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def records(folder: Path) -> list[Record]:
-    return [json.loads(line) for line in (folder / files.RESULTS).read_text(encoding="utf-8").splitlines()]
+    return read(folder / files.RESULTS)
 
 
 def put(folder: Path, found: list[Record]) -> None:

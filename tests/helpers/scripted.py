@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from glm5_hal.backend import Device
+from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.wire import Channel, frame
 from glm5_hal.plugins.child import encoded
 
@@ -48,9 +49,10 @@ def serve(fd: int, job: dict[str, Any]) -> None:
             if stage.poisoned:
                 said = {"verdict": "FAIL", "code": "KERNEL", "detail": "device lost"}
             stage.judged += 1
-            result = {"case": order["case"], "op": "x", "backend": policy, "kernel": policy, "verdict": "PASS"}
-            result |= {"evidence": "simulated", "device": "nothing", "dtype": "float32", "level": "smoke"}
-            result |= {"seed": order["seed"], "repro": "", "detail": f"by {os.getpid()}", **said}
+            passed = Result(
+                order["case"], "x", policy, policy, "PASS", "simulated", "nothing", "float32", "smoke", 0, ""
+            )
+            result = json.loads(passed.as_json()) | {"detail": f"by {os.getpid()}", **said}
             stage.channel.send({"result": result, "sound": not stage.poisoned and result["verdict"] != "OOM"})
             if stage.poisoned:
                 break

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -252,6 +253,16 @@ SUMMED: dict[str, tuple[Alter, str, str]] = {
     "a field is unknown": (result(PASSES, lambda r: r.update(note="fine")), "MALFORMED", RESULTS),
     "a verdict is unknown": (result(PASSES, lambda r: r.update(verdict="GOOD")), "MALFORMED", RESULTS),
     "a number is none": (result(PASSES, lambda r: r["errors"].update({"y.row": "tiny"})), "MALFORMED", RESULTS),
+    "a number is no number": (result(PASSES, lambda r: r.update(seconds=True)), "MALFORMED", RESULTS),
+    "a field is missing": (result(PASSES, lambda r: r.pop("remark")), "MALFORMED", RESULTS),
+    "the start is a number": (manifest(lambda m: m.update(started=5)), "MALFORMED", MANIFEST),
+    "the start is no time": (manifest(lambda m: m.update(started="today")), "MALFORMED", MANIFEST),
+    "the end is nowhere's time": (manifest(lambda m: m.update(ended="2030-01-01T00:00:00")), "MALFORMED", MANIFEST),
+    "the specs are a list": (manifest(lambda m: m.update(specs=[])), "MALFORMED", MANIFEST),
+    "the evidence is unknown": (manifest(lambda m: m["device"].update(evidence="hearsay")), "MALFORMED", MANIFEST),
+    "an op is a number": (manifest(lambda m: m["selection"].update(ops=[1])), "MALFORMED", MANIFEST),
+    "a waiver is a text": (manifest(lambda m: m.update(waivers=["norm-scale"])), "MALFORMED", MANIFEST),
+    "no thread computed": (manifest(lambda m: m["host"].update(threads=0)), "MALFORMED", MANIFEST),
     "the manifest lacks a part": (manifest(lambda m: m.pop("device")), "MALFORMED", MANIFEST),
     "the manifest is no JSON": (text(MANIFEST, "{", "["), "MALFORMED", MANIFEST),
     "a waiver breaks a rule": (text("waivers.toml", "expires", "until"), "MALFORMED", "waivers.toml"),
@@ -264,6 +275,44 @@ def test_what_does_not_add_up_is_found_with_the_sums_made_anew(bundle: Path, nam
     alter(bundle)
     files.seal(bundle)
     assert (code, where) in named(found(bundle))
+
+
+JUNK: tuple[Any, ...] = (None, True, -1, 10**400, 1e300, "\0", [], [[1]], {}, {"a": None})
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something may be put in a manifest or a result."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+def put_at(value: Any, path: tuple[Any, ...], junk: Any) -> None:
+    for key in path[:-1]:
+        value = value[key]
+    value[path[-1]] = junk
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=lambda junk: repr(junk)[:10])
+def test_nothing_in_a_manifest_ends_in_a_traceback(bundle: Path, junk: Any) -> None:
+    whole = (bundle / MANIFEST).read_bytes()
+    for path in places(json.loads(whole)):
+        if path[0] == "specs" and path[1:] not in ((), ("rope",)):
+            continue  # they are all alike
+        (bundle / MANIFEST).write_bytes(whole)
+        manifest(lambda m, path=path: put_at(m, path, junk))(bundle)
+        problems, _ = verify(bundle)
+        assert problems, path
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=lambda junk: repr(junk)[:10])
+def test_nothing_in_a_result_ends_in_a_traceback(bundle: Path, junk: Any) -> None:
+    whole = (bundle / RESULTS).read_bytes()
+    for path in places(next(r for r in bundles.records(bundle) if r["case"] == FAILS)):
+        (bundle / RESULTS).write_bytes(whole)
+        result(FAILS, lambda r, path=path: put_at(r, path, junk))(bundle)
+        problems, _ = verify(bundle)
+        assert problems, path
 
 
 @pytest.mark.parametrize("name", files.NAMES)
