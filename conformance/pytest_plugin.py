@@ -49,7 +49,7 @@ class HalCase:
         result = self.run()
         if result.verdict == "XFAIL":
             pytest.xfail(f"waiver {result.waiver}: {result.detail}")
-        if result.verdict in ("UNSUPPORTED", "NOT_RUN"):
+        if result.verdict == "UNSUPPORTED":
             pytest.skip(f"{result.verdict} {result.code}: {result.detail}")
         if not result.ok:
             pytest.fail(f"{result.verdict} {result.detail}\n{result.repro}", pytrace=False)

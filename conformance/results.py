@@ -24,7 +24,6 @@ VERDICTS: dict[str, bool] = {
     "HANG": False,
     "OOM": False,
     "ERROR": False,
-    "NOT_RUN": True,
 }
 
 

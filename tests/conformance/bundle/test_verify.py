@@ -176,6 +176,17 @@ ALTERED: dict[str, tuple[Alter, str, str, str]] = {
         result(PASSES, lambda r: r.update(remark="it gave CRASH", culprit=f"{BAD} on {bundles.TARGET}")),
         RESULTS, "VERDICT", PASSES,
     ),
+    "a check that always applies does not": (
+        result(PASSES, lambda r: r["checks"].update(rerun="n/a: x")), RESULTS, "VERDICT", PASSES,
+    ),
+    "a bad input was not judged": (
+        result(BAD, lambda r: r["checks"].update(errors="n/a: x")), RESULTS, "VERDICT", BAD,
+    ),
+    "a claim is made up": (
+        result(PASSES, lambda r: r.update(claims=["sorted_indices"])), RESULTS, "RECORD", PASSES,
+    ),
+    "the inputs are no digest": (result(PASSES, lambda r: r.update(inputs="mine")), RESULTS, "VERDICT", PASSES),
+    "the inputs are none": (result(FAILS, lambda r: r.update(inputs="")), RESULTS, "VERDICT", FAILS),
     "a case is taken out": (without(FAILS), RESULTS, "CASES", FAILS),
     "a case is there twice": (with_copy(PASSES), RESULTS, "CASES", PASSES),
     "a case is made up": (with_copy(PASSES, case=EASY), RESULTS, "CASES", EASY),
