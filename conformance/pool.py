@@ -14,15 +14,14 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
-from glm5_hal.backend import Device
 from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.fate import again, blamed, idle, left, settled, unprepared, verdict
+from glm5_hal.conformance.greeting import Greeting, heard
 from glm5_hal.conformance.plan import START, STARTS, Incident, Plan, Task
 from glm5_hal.conformance.process import SERVE, Ending, Process, place
 from glm5_hal.conformance.results import Result, from_record
 from glm5_hal.conformance.runner import Target
 from glm5_hal.errors import HalError
-from glm5_hal.plugins.child import decoded
 
 
 @dataclass
@@ -45,7 +44,7 @@ class Pool:
 
     def __init__(self, plan: Plan, serve: str = SERVE) -> None:
         self.plan, self._serve = plan, serve
-        self.identity: Mapping[str, Any] = {}
+        self.greeting: Greeting | None = None
         self.incidents: list[Incident] = []
         self._slots = [_Slot(plan.job(place)) for place in range(plan.count)]
         self._selector = selectors.DefaultSelector()
@@ -65,12 +64,16 @@ class Pool:
                 slot.process.end()
         self._selector.close()
 
-    def targets(self) -> list[Target]:
-        """What the backend's name stands for. Raises HalError as `runner.targets` does."""
-        while not self._targets:
+    def greeted(self) -> Greeting:
+        """What the first worker says of itself. Raises HalError as `runner.targets` does."""
+        while self.greeting is None:
             for _ in self._turn():
                 pass
-        return list(self._targets.values())
+        return self.greeting
+
+    def targets(self) -> list[Target]:
+        """What the backend's name stands for. Raises what `greeted` does."""
+        return list(self.greeted().targets)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Result]:
         """Every task's results, as they come."""
@@ -187,16 +190,13 @@ class Pool:
             raise ValueError(f"{sorted(message)} out of turn")
 
     def _greeted(self, message: Mapping[str, Any]) -> dict[str, Target]:
-        facts = decoded(message["facts"])
-        if not isinstance(facts, Device):
-            raise ValueError("no device")
-        made = [Target(message["backend"], p, message["device"], facts, self.plan.plugin) for p in message["providers"]]
-        if self.identity and message["identity"] != self.identity:
+        greeting = heard(message, self.plan.plugin)
+        if self.greeting is not None and greeting.identity != self.greeting.identity:
             what = "two workers found different backends, devices or code"
             raise HalError("UNAVAILABLE", what, value=message["device"], fix="use equal devices only, and edit nothing")
-        self.identity, self._failed_starts = message["identity"], 0
-        self._targets = self._targets or {t.policy: t for t in made}
-        return {t.policy: t for t in made}
+        self.greeting, self._failed_starts = self.greeting or greeting, 0
+        self._targets = {t.policy: t for t in self.greeting.targets}
+        return {t.policy: t for t in greeting.targets}
 
     # --- what becomes of a case whose worker is gone -----------------------------------------------------------------
 
@@ -239,7 +239,7 @@ class Pool:
     def _not_started(self, ending: Ending) -> None:
         """Try again, a few times; but a worker that never was is the backend's fault, and says so at once."""
         self._failed_starts += 1
-        if self.identity and self._failed_starts < STARTS:
+        if self.greeting is not None and self._failed_starts < STARTS:
             return
         how = f"did not start within {START:g} s{place(ending.log)}" if ending.late else ending.verdict[2]
         last = ending.log.splitlines()[-1:] or ["nothing"]

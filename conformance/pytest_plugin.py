@@ -65,7 +65,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     try:
         judged = runner.targets(option("--hal-backend"), option("--hal-device"))
         facts = judged[0].facts
-        book = waivers.load(judged[0].backend, facts.name, facts.versions)
+        book = waivers.book(waivers.shipped(judged[0].backend), facts.name, facts.versions)
         found = list(cases.cases(option("--hal-level"), option("--hal-op") or ("*",)))
     except HalError as problem:
         raise pytest.UsageError(str(problem)) from None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from glm5_hal.conformance import profiles, report
 from glm5_hal.conformance.bundle import page
-from glm5_hal.conformance.bundle.manifest import Manifest, Selection, describe, now
+from glm5_hal.conformance.bundle.manifest import Manifest, Selection, day_of, describe
 from glm5_hal.conformance.bundle.view import view
 from glm5_hal.conformance.results import Result, from_record
 from glm5_hal.conformance.waivers import FILE as WAIVERS
@@ -47,11 +47,11 @@ def write(
     cases: Sequence[str],
     judged: Sequence[Target],
     book: Book,
-    started: str,
+    times: tuple[str, str],
 ) -> Manifest:
-    """Complete ``folder``, which has results.jsonl already, to a bundle."""
+    """Complete ``folder``, which has results.jsonl already, to a bundle. ``times``: when the run started, and ended."""
     said = describe(selection, cases, judged, results, book)
-    manifest = Manifest(**said, started=started, ended=now(), results=sha256(folder / RESULTS))
+    manifest = Manifest(**said, started=times[0], ended=times[1], results=sha256(folder / RESULTS))
     text = json.dumps(manifest.as_dict(), indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
     (folder / WAIVERS).write_text(book.text, encoding="utf-8", newline="\n")
@@ -117,10 +117,7 @@ def read(folder: Path) -> Bundle:
 
 
 def book_of(manifest: Manifest, waivers: Any, text: str) -> Book:
-    from datetime import datetime
-
-    day = datetime.fromisoformat(manifest.started).date()
-    return Book(waivers, day, manifest.device.name, manifest.device.versions, text)
+    return Book(waivers, day_of(manifest.ended), manifest.device.name, manifest.device.versions, text)
 
 
 def opened(folder: Path) -> Bundle:

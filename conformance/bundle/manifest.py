@@ -7,7 +7,7 @@ import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 from glm5_hal.backend import EVIDENCE, Device
@@ -133,6 +133,11 @@ class Manifest:
 
 def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def day_of(time: str) -> date:
+    """The day on which waivers are held against a run that ends then."""
+    return datetime.fromisoformat(time).date()
 
 
 def case_list(ids: Iterable[str]) -> str:

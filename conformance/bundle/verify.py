@@ -124,7 +124,7 @@ def _waivers(bundle: Bundle, today: date) -> Iterator[Problem]:
     relied = {r.waiver for r in bundle.results if r.verdict == "XFAIL"}
     for waiver in bundle.book.waivers:
         if waiver.expires < bundle.book.day:
-            yield Problem("WAIVER", WAIVERS, f"{waiver.id} had expired on {waiver.expires}, before the run")
+            yield Problem("WAIVER", WAIVERS, f"{waiver.id} had expired on {waiver.expires}, before the run ended")
         elif waiver.expires < today and waiver.id in relied:
             yield Problem("WAIVER", WAIVERS, f"{waiver.id} has expired on {waiver.expires}, and cases rely on it")
 

@@ -109,7 +109,7 @@ def write(folder: Path, cases: tuple[str, ...] = CASES, waivers: str | None = No
         folder.mkdir(parents=True, exist_ok=True)
         put(folder, [json.loads(r.as_json()) for r in results])
         selection = Selection("smoke", ("*",), cases, tuple(t.policy for t in judged), seed)
-        files.write(folder, results, selection, cases, judged, book, manifests.now())
+        files.write(folder, results, selection, cases, judged, book, (manifests.now(), manifests.now()))
     return folder
 
 

@@ -38,6 +38,7 @@ def serve(fd: int, job: dict[str, Any]) -> None:
         DEEDS[script["start"]](stage)
     facts = encoded(Device("cpu", "nothing", "none", evidence="simulated"))
     hello = {"hello": 1, "backend": "scripted", "providers": ["a", "b"], "device": "cpu", "facts": facts}
+    hello |= {"threads": 1, "waivers": ("", "")}
     stage.channel.send({**hello, "identity": {"device": job["device"] if script.get("differ") else ""}})
     while (order := stage.channel.receive()) is not None:
         if order["case"] in script:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import bundles
 import pytest
+import torch
 from bundles import FAILS, PASSES, result
 
 from glm5_hal import cli
@@ -47,6 +49,18 @@ def test_a_run_writes_a_bundle_that_verifies(run: Run, tmp_path: Path, monkeypat
     code, said = run("verify", tmp_path / "out", "--rerun", 5)
     assert (code, "consistent" in said, "not signed" in said) == (0, True, True)
     assert "Computed 1 cases again" in said
+
+
+def test_the_manifest_says_how_many_threads_the_kernels_had(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)  # which two workers share
+    threads = torch.get_num_threads()
+    try:
+        code, _ = run("run", "--case", "rms_norm[float32-glm5-kv_lora]", "--workers", 2, "--out", tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert (code, files.read(tmp_path).manifest.host.threads) == (0, 3)
 
 
 def test_verify_exits_4_and_names_what_is_wrong(run: Run, bundle: Path) -> None:
