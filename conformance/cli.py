@@ -147,16 +147,17 @@ def fuzz(
     import torch
 
     from glm5_hal.conformance import fuzz as fuzzing
-    from glm5_hal.conformance import report, runner
+    from glm5_hal.conformance import runner
     from glm5_hal.conformance.cases import ops_named
     from glm5_hal.conformance.journal import writable
+    from glm5_hal.conformance.process import kernels_print_to_stderr
     from glm5_hal.conformance.results import succeeded
 
     torch.set_num_threads(1)
     results = []
     with writable(out):
         out.mkdir(parents=True, exist_ok=True)
-        with (out / "fuzz.jsonl").open("w", encoding="utf-8") as lines, report.kernels_print_to_stderr():
+        with (out / "fuzz.jsonl").open("w", encoding="utf-8") as lines, kernels_print_to_stderr():
             for target in runner.targets(backend, device):
                 for name in ops_named(op or ("*",)):
                     for result in fuzzing.run(target, name, examples, seed, corpus):

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from glm5_hal.conformance.bundle.manifest import now
+from glm5_hal.conformance.folder import BUNDLE, RUN
 from glm5_hal.conformance.identity import differences
-from glm5_hal.conformance.report import BUNDLE, RUN
 from glm5_hal.conformance.results import Result, from_record
 from glm5_hal.errors import HalError
 

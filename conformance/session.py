@@ -108,7 +108,8 @@ def _in_workers(wanted: Session) -> Done:
 def _in_process(wanted: Session) -> Done:
     import torch
 
-    from glm5_hal.conformance import identity, report, runner, waivers
+    from glm5_hal.conformance import identity, runner, waivers
+    from glm5_hal.conformance.process import kernels_print_to_stderr
 
     if len(wanted.devices) > 1 or wanted.workers > 1:
         what = "one process uses one device"
@@ -124,7 +125,7 @@ def _in_process(wanted: Session) -> Done:
                 left = [t for t in judged if (case.id, t.policy) not in journal.results]
                 yield from runner.run([case], left, wanted.seed)
 
-        with report.kernels_print_to_stderr():
+        with kernels_print_to_stderr():
             return run.kept(journal, keys, results())
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm5_hal.conformance import profiles, report
-from glm5_hal.conformance.bundle import page
+from glm5_hal.conformance import profiles
+from glm5_hal.conformance.bundle import junit, page
 from glm5_hal.conformance.bundle.manifest import Manifest, Selection, day_of, describe
 from glm5_hal.conformance.bundle.view import view
+from glm5_hal.conformance.folder import BUNDLE
 from glm5_hal.conformance.results import Result, from_record
 from glm5_hal.conformance.waivers import FILE as WAIVERS
 from glm5_hal.conformance.waivers import Book, parse
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 RESULTS, MANIFEST, SUMS = "results.jsonl", "manifest.json", "SHA256SUMS"
 
 #: Everything that a bundle consists of.
-NAMES = report.BUNDLE
+NAMES = BUNDLE
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def derived(bundle: Bundle) -> dict[str, str]:
     """The derived files' content by name."""
     shown = view(bundle.manifest, bundle.results, bundle.book, profiles.claims(bundle.manifest, bundle.results))
     return {
-        "junit.xml": report.junit(bundle.results),
+        "junit.xml": junit.junit(bundle.results),
         "report.md": page.markdown(shown),
         "report.html": page.html(shown),
     }

@@ -18,7 +18,7 @@ from glm5_hal.conformance.bundle.files import MANIFEST, NAMES, RESULTS, SUMS, Bu
 from glm5_hal.conformance.bundle.fingerprint import combined, spec_hashes, suite
 from glm5_hal.conformance.bundle.manifest import Manifest, case_list
 from glm5_hal.conformance.cases import Case, cases, find
-from glm5_hal.conformance.report import RUN
+from glm5_hal.conformance.folder import RUN
 from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.waivers import FILE as WAIVERS
 from glm5_hal.conformance.waivers import Tally

@@ -15,7 +15,7 @@ import torch
 from bundles import FAILS, PASSES, result
 
 from glm5_hal import cli
-from glm5_hal.conformance import report
+from glm5_hal.conformance import folder
 from glm5_hal.conformance.bundle import files, manifest, verify
 
 Run = Callable[..., tuple[Any, str]]
@@ -42,7 +42,7 @@ def test_a_run_writes_a_bundle_that_verifies(run: Run, tmp_path: Path, monkeypat
         monkeypatch.setattr(module, "suite", bundles.committed)
     code, said = run("run", "--backend", "cpu:torch", "--case", PASSES, "--out", tmp_path / "out")
     assert (code, "report.html" in said) == (0, True)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {*files.NAMES, report.RUN}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {*files.NAMES, folder.RUN}
     limits = files.read(tmp_path / "out").manifest.limits
     assert limits.bytes_per_second > 0
     assert limits.flops_per_second.keys() == {"float32"}
