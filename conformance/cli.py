@@ -119,6 +119,7 @@ def _print(results: list[Result], out: Path, as_json: bool, book: Book | None = 
             console.print(textwrap.indent(r.log, "      | "), markup=False, highlight=False)
     for r in (r for r in results if r.remark):
         said = f"{r.verdict}  {r.kernel or r.backend}  {r.case}  alone; {r.remark}"
+        said += f"; {r.culprit} does that" if r.culprit else ""
         console.print(said, markup=False, highlight=False)
     evidence = ", ".join(sorted({f"{r.evidence} ({r.device})" for r in results}))
     line = report.verdict_line(results, counted(tallies))
@@ -152,7 +153,8 @@ def fuzz(
     from glm5_hal.conformance import report
     from glm5_hal.conformance.cases import ops_named
     from glm5_hal.conformance.journal import writable
-    from glm5_hal.conformance.pool import Plan, Pool
+    from glm5_hal.conformance.plan import Plan
+    from glm5_hal.conformance.pool import Pool
     from glm5_hal.conformance.results import succeeded
 
     wanted, results = ops_named(op or ("*",)), []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata, util
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 from glm5_hal import context
+from glm5_hal.conformance.bundle.fingerprint import files_of, hashed, suite
 from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.runner import Target
 
@@ -22,7 +22,7 @@ def of_backend(target: Target) -> dict[str, Any]:
     record = context.catalogue().record(target.backend)
     facts = target.facts
     found = {"name": target.backend, "from": record.origin, "device": f"{facts.name} ({facts.arch})"}
-    return found | {"versions": dict(facts.versions), "code": digest(_package(record.root))}
+    return found | {"versions": dict(facts.versions), "code": hashed(files_of(record.root))}
 
 
 def of_run(
@@ -36,8 +36,7 @@ def of_run(
         "seed": seed,
         "cases": {"count": len(ids), "sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest()},
         "backend": dict(backend),
-        "suite": {name: digest(_package(f"glm5_hal.{name}")) for name in ("conformance", "ops", "backends")},
-        "core": digest(path for path in _package("glm5_hal") if path.suffix == ".py"),
+        "suite": suite().code,
         "versions": {"python": platform.python_version(), **_installed()},
     }
 
@@ -52,26 +51,6 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") ->
         elif x != y:
             found.append(f"{prefix}{key} was {_short(x)} and is {_short(y)}")
     return found
-
-
-def digest(files: Iterable[Path]) -> str:
-    """SHA-256 over names and contents."""
-    whole = hashlib.sha256()
-    for path in sorted(files):
-        whole.update(f"{path.name} {path.stat().st_size}\n".encode())
-        whole.update(path.read_bytes())
-    return whole.hexdigest()
-
-
-def _package(name: str) -> list[Path]:
-    """The files of a module, or of a package and what lies in its folder."""
-    spec = util.find_spec(name)
-    if spec is None:
-        return []
-    if not spec.submodule_search_locations:
-        return [Path(spec.origin)] if spec.origin else []
-    folders = [Path(folder) for folder in spec.submodule_search_locations]
-    return [p for f in folders for p in f.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
 
 
 def _installed() -> dict[str, str]:

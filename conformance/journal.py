@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from glm5_hal.conformance.bundle.manifest import now
+from glm5_hal.conformance.folder import BUNDLE, RUN
 from glm5_hal.conformance.identity import differences
-from glm5_hal.conformance.report import BUNDLE, RUN
 from glm5_hal.conformance.results import Result, from_record
 from glm5_hal.errors import HalError
 
@@ -27,10 +28,10 @@ Key = tuple[str, str]
 
 
 class Journal:
-    """The results of one run, by case and policy."""
+    """The results of one run, by case and policy, and when it was begun, however often it was gone on with."""
 
-    def __init__(self, folder: Path, file: BinaryIO, results: dict[Key, Result]) -> None:
-        self.folder, self.results = folder, results
+    def __init__(self, folder: Path, file: BinaryIO, results: dict[Key, Result], started: str) -> None:
+        self.folder, self.results, self.started = folder, results, started
         self._file, self._synced = file, 0.0
 
     def add(self, result: Result) -> None:
@@ -43,9 +44,9 @@ class Journal:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
 
-    def finish(self, keys: Sequence[Key]) -> list[Result]:
-        """Write ``results.jsonl``: every one of ``keys``, once, in this order."""
-        ordered = [self.results[key] for key in keys]
+    def finish(self, keys: Sequence[Key], judged: Callable[[Result], Result] = lambda result: result) -> list[Result]:
+        """Write ``results.jsonl``: every one of ``keys``, once, in this order, as ``judged`` has it."""
+        ordered = [judged(self.results[key]) for key in keys]
         with writable(self.folder):
             _write(self.folder / "results.jsonl", "".join(r.as_json() + "\n" for r in ordered))
         return ordered
@@ -64,8 +65,11 @@ def opened(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterat
     with _alone(folder):
         run, partial, whole = (folder / name for name in (RUN, "results.partial.jsonl", "results.jsonl"))
         results: dict[Key, Result] = {}
+        started = now()
         if resume and run.exists():
-            _check(folder, json.loads(run.read_text(encoding="utf-8")), identity)
+            was = json.loads(run.read_text(encoding="utf-8"))
+            started = str(was.pop("started", started))
+            _check(folder, was, identity)
             results = _complete_lines(whole if whole.exists() else partial)
         elif resume and (partial.exists() or whole.exists()):
             what = f"{folder} holds results and no run.json, so nothing says of what run"
@@ -74,11 +78,11 @@ def opened(folder: Path, identity: Mapping[str, Any], *, resume: bool) -> Iterat
             with writable(folder):
                 for path in (*(folder / name for name in BUNDLE), partial, run):
                     path.unlink(missing_ok=True)
-                _write(run, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+                _write(run, json.dumps({"started": started, **identity}, indent=2, ensure_ascii=False) + "\n")
         with writable(folder):
             file = partial.open("ab")
         with file:
-            yield Journal(folder, file, results)
+            yield Journal(folder, file, results, started)
         if whole.exists():
             partial.unlink(missing_ok=True)
 
@@ -111,7 +115,7 @@ def _complete_lines(path: Path) -> dict[Key, Result]:
     for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
         try:
             result = from_record(json.loads(line))
-        except (ValueError, TypeError, AttributeError, KeyError) as problem:
+        except (ValueError, RecursionError) as problem:
             what = f"{path}, line {number} is no result ({problem})"
             raise HalError("CONFIG", what, value=number, fix="run without --resume, or into another --out") from None
         found[result.case, result.backend] = result
@@ -144,8 +148,7 @@ def _alone(folder: Path) -> Iterator[None]:
             what = f"another run is writing into {folder}"
             raise HalError("CONFIG", what, value=str(folder), fix="wait for it, or choose another --out") from None
         except OSError:  # a file system without locks
-            with suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)
+            pass
         yield
     finally:
         os.close(handle)

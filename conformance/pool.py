@@ -6,7 +6,6 @@ tried again in a fresh one, and blamed only if it fails there too: what an earli
 
 from __future__ import annotations
 
-import os
 import selectors
 import time
 from collections import deque
@@ -15,86 +14,15 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
-from glm5_hal.backend import Device
 from glm5_hal.conformance import drawing
 from glm5_hal.conformance.cases import Case
-from glm5_hal.conformance.process import SERVE, Ending, Process, memory, place
+from glm5_hal.conformance.fate import again, blamed, idle, left, settled, unprepared, verdict
+from glm5_hal.conformance.greeting import Greeting, heard
+from glm5_hal.conformance.plan import START, STARTS, Incident, Plan, Task
+from glm5_hal.conformance.process import SERVE, Ending, Process, place
 from glm5_hal.conformance.results import Result, from_record
-from glm5_hal.conformance.runner import Target, fields_of
+from glm5_hal.conformance.runner import Target
 from glm5_hal.errors import HalError
-from glm5_hal.plugins.child import decoded
-
-#: Seconds that one case may take on one kernel, by its level.
-TIMEOUTS = {"smoke": 60.0, "standard": 300.0, "full": 1800.0}
-
-#: Seconds that a worker may take to start: torch, the plugin, its probe and its kernels.
-START = 180.0
-
-#: The suite's own work on a case, its inputs and its oracle, may take this many times as long as a kernel by default.
-PREPARING = 10
-
-#: A worker that cannot be started this often in a row will not be.
-STARTS = 3
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to run. ``timeout`` None is by level; ``memory`` in GiB per worker, None is by what is free, 0 is no limit;
-    ``threads`` None leaves torch's own."""
-
-    backend: str
-    plugin: str = ""
-    devices: tuple[str | None, ...] = (None,)
-    workers: int = 0
-    seed: int = 0
-    timeout: float | None = None
-    memory: float | None = None
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.workers and self.workers < len(self.devices):
-            what = f"{self.workers} workers cannot use {len(self.devices)} devices"
-            raise HalError("CONFIG", what, value=self.workers, fix=f"--workers {len(self.devices)}, or more")
-        if not hasattr(os, "fork"):
-            what = "worker processes need an operating system that can fork"
-            raise HalError("CONFIG", what, value=os.name, fix="run with --in-process")
-
-    @property
-    def count(self) -> int:
-        return self.workers or len(self.devices)
-
-    def job(self, place: int) -> dict[str, Any]:
-        """What the worker at ``place`` is told at its start."""
-        share = 0.9 * memory()[1] / self.count if self.memory is None else self.memory * 2**30
-        shared = max(1, (os.cpu_count() or 1) // self.count) if self.count > 1 else None
-        return {
-            "backend": self.backend,
-            "plugin": self.plugin,
-            "device": self.devices[place % len(self.devices)],
-            "threads": self.threads or shared,
-            "memory": int(min(share, 2**62)),
-        }
-
-
-@dataclass(frozen=True)
-class Task:
-    """A case, and the policies of the kernels that it still has to be judged on. ``before`` says how the first of them
-    ended in a used worker, ``company`` what had run there."""
-
-    case: Case
-    policies: tuple[str, ...]
-    before: str = ""
-    company: tuple[tuple[Case, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class Incident:
-    """A case that failed after others (``company``, the last of them last) and not alone. ``before`` says how."""
-
-    case: Case
-    policy: str
-    before: str
-    company: tuple[tuple[Case, str], ...]
 
 
 @dataclass
@@ -117,7 +45,7 @@ class Pool:
 
     def __init__(self, plan: Plan, serve: str = SERVE) -> None:
         self.plan, self._serve = plan, serve
-        self.identity: Mapping[str, Any] = {}
+        self.greeting: Greeting | None = None
         self.incidents: list[Incident] = []
         self._slots = [_Slot(plan.job(place)) for place in range(plan.count)]
         self._selector = selectors.DefaultSelector()
@@ -137,12 +65,16 @@ class Pool:
                 slot.process.end()
         self._selector.close()
 
-    def targets(self) -> list[Target]:
-        """What the backend's name stands for. Raises HalError as `runner.targets` does."""
-        while not self._targets:
+    def greeted(self) -> Greeting:
+        """What the first worker says of itself. Raises HalError as `runner.targets` does."""
+        while self.greeting is None:
             for _ in self._turn():
                 pass
-        return list(self._targets.values())
+        return self.greeting
+
+    def targets(self) -> list[Target]:
+        """What the backend's name stands for. Raises what `greeted` does."""
+        return list(self.greeted().targets)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Result]:
         """Every task's results, as they come."""
@@ -151,6 +83,21 @@ class Pool:
             for slot in self._slots:
                 self._assign(slot, waiting)
             yield from self._turn()
+        for slot in self._slots:  # one that has ended since is not to be forgotten
+            while slot.process is not None and slot.begun:
+                yield from self._see_to(slot, slot.process)
+                if slot.process is None or not slot.process.closing:
+                    break
+
+    def watch(self, seconds: float) -> None:
+        """Wait for a worker's end, which is an incident, though nothing runs in it any more."""
+        until, known = time.monotonic() + seconds, len(self.incidents)
+        while len(self.incidents) == known and (rest := until - time.monotonic()) > 0:
+            self._selector.select(rest)
+            for slot in self._slots:
+                if slot.process is not None:
+                    for _ in self._see_to(slot, slot.process):
+                        pass
 
     def judged(self, policy: str, case: Case) -> Result:
         """One case on one kernel."""
@@ -180,8 +127,8 @@ class Pool:
         if slot.process is None or not slot.targets:
             return
         slot.task, slot.policy = (slot.own or waiting).popleft(), ""
-        seconds = self._seconds(slot.task.case)
-        slot.deadline = time.monotonic() + PREPARING * max(seconds, TIMEOUTS[slot.task.case.sample.level])
+        seconds = self.plan.seconds(slot.task.case)
+        slot.deadline = time.monotonic() + self.plan.preparing(slot.task.case)
         order = {
             "case": slot.task.case.id,
             "file": slot.task.case.file,
@@ -190,9 +137,6 @@ class Pool:
             "seed": self.plan.seed,
         }
         slot.process.send({**order, "dump_after": max(0.8 * seconds, seconds - 2)})
-
-    def _seconds(self, case: Case) -> float:
-        return self.plan.timeout or TIMEOUTS[case.sample.level]
 
     def _turn(self) -> Iterator[Result]:
         """Wait until a worker says something, ends, or is late; then see to it."""
@@ -232,7 +176,7 @@ class Pool:
         elif "begin" in message:
             slot.policy = task.policies[task.policies.index(message["begin"])]
             slot.begun.append((task.case, slot.policy))
-            slot.deadline = time.monotonic() + self._seconds(task.case)
+            slot.deadline = time.monotonic() + self.plan.seconds(task.case)
         elif "result" in message:
             result, sound = from_record(message["result"]), message["sound"] is True
             if (result.case, result.backend) != (task.case.id, slot.policy):
@@ -242,7 +186,7 @@ class Pool:
             if sound or len(slot.begun) <= 1:
                 yield self._settled(slot, result)
             else:
-                slot.task = self._again(slot, task, f"{result.verdict} ({result.detail})")
+                slot.task = again(task, slot.policy, slot.begun, f"{result.verdict} ({result.detail})")
             if not sound:  # it computes nothing any more that could be believed
                 process.end()
                 self._forget(slot)
@@ -253,73 +197,56 @@ class Pool:
             raise ValueError(f"{sorted(message)} out of turn")
 
     def _greeted(self, message: Mapping[str, Any]) -> dict[str, Target]:
-        facts = decoded(message["facts"])
-        if not isinstance(facts, Device):
-            raise ValueError("no device")
-        made = [Target(message["backend"], p, message["device"], facts, self.plan.plugin) for p in message["providers"]]
-        if self.identity and message["identity"] != self.identity:
+        greeting = heard(message, self.plan.plugin)
+        if self.greeting is not None and greeting.identity != self.greeting.identity:
             what = "two workers found different backends, devices or code"
             raise HalError("UNAVAILABLE", what, value=message["device"], fix="use equal devices only, and edit nothing")
-        self.identity, self._failed_starts = message["identity"], 0
-        self._targets = self._targets or {t.policy: t for t in made}
-        return {t.policy: t for t in made}
+        self.greeting, self._failed_starts = self.greeting or greeting, 0
+        self._targets = {t.policy: t for t in self.greeting.targets}
+        return {t.policy: t for t in greeting.targets}
 
     # --- what becomes of a case whose worker is gone -----------------------------------------------------------------
 
     def _lost(self, slot: _Slot, ending: Ending) -> Iterator[Result]:
-        if slot.task is None:
-            if not slot.begun:
+        task, used = slot.task, len(slot.begun) - bool(slot.policy)
+        if task is None or not task.policies:  # it was judging nothing
+            slot.task = None
+            if slot.begun:
+                self.incidents.append(idle(slot.begun, ending, self.plan.seconds(slot.begun[-1][0])))
+            else:
                 self._not_started(ending)
             return
-        task, used = slot.task, len(slot.begun) - bool(slot.policy)
-        seconds = self._seconds(task.case)
-        verdict, code, detail = ending.verdict
-        if ending.late:
-            verdict, code, detail = "HANG", "TIMEOUT", f"did not end within {seconds:g} s{place(ending.log)}"
+        seconds = self.plan.seconds(task.case)
         if used:
-            slot.task = self._again(slot, task, f"{verdict} ({detail})")
+            kind, _, detail = verdict(ending, seconds)
+            slot.task = again(task, slot.policy, slot.begun, f"{kind} ({detail})")
         elif slot.policy:
-            fields = fields_of(task.case, self._targets[slot.policy], self.plan.seed)
-            fields |= {"verdict": verdict, "code": code, "detail": detail, "log": ending.log}
-            yield self._settled(slot, Result(**fields, seconds=seconds if ending.late else 0.0))
-        else:  # no kernel has run in this process
-            said = f"preparing the case took too long{place(ending.log)}" if ending.late else detail
-            for policy in task.policies:
-                fields = fields_of(task.case, self._targets[policy], self.plan.seed)
-                what = f"the suite itself failed: {said}"
-                yield Result(**fields, verdict="ERROR", code="CONTRACT", detail=what, log=ending.log)
+            yield self._settled(slot, blamed(task.case, self._targets[slot.policy], self.plan.seed, ending, seconds))
+        else:
+            yield from unprepared(task, self._targets, self.plan.seed, ending)
             slot.task = None
         self._requeue(slot)
 
     def _settled(self, slot: _Slot, result: Result) -> Result:
         """A result that stands; its kernel is done with."""
         assert slot.task is not None
-        was, left = slot.task, tuple(p for p in slot.task.policies if p != slot.policy)
-        slot.task, slot.policy = replace(was, policies=left, before="", company=()), ""
-        if was.before.split(" ")[0] in ("", result.verdict):
-            return result
-        self.incidents.append(Incident(was.case, result.backend, was.before, was.company))
-        last, policy = was.company[-1]
-        said = f"it gave {was.before} after {len(was.company)} other kernels, the last {last.id} on {policy}"
-        return replace(result, remark=said)
+        slot.task, told, incident = settled(slot.task, result)
+        slot.policy = ""
+        if incident is not None:
+            self.incidents.append(incident)
+        return told
 
     def _requeue(self, slot: _Slot) -> None:
-        """What is left of a task is the first that the next worker gets, its unlucky kernel first."""
-        task, slot.task = slot.task, None
-        if task is not None and task.policies:
-            rest = tuple(p for p in task.policies if p != slot.policy)
-            slot.own.append(replace(task, policies=(slot.policy, *rest) if slot.policy else rest))
-        slot.policy = ""
-
-    @staticmethod
-    def _again(slot: _Slot, task: Task, before: str) -> Task:
-        company = tuple(slot.begun[:-1] if slot.policy else slot.begun)
-        return replace(task, before=before, company=company)
+        """What is left of a task is the first that the next worker gets."""
+        rest = slot.task and left(slot.task, slot.policy)
+        if rest:
+            slot.own.append(rest)
+        slot.task, slot.policy = None, ""
 
     def _not_started(self, ending: Ending) -> None:
         """Try again, a few times; but a worker that never was is the backend's fault, and says so at once."""
         self._failed_starts += 1
-        if self.identity and self._failed_starts < STARTS:
+        if self.greeting is not None and self._failed_starts < STARTS:
             return
         how = f"did not start within {START:g} s{place(ending.log)}" if ending.late else ending.verdict[2]
         last = ending.log.splitlines()[-1:] or ["nothing"]

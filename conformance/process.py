@@ -1,7 +1,9 @@
-"""One worker process as the runner sees it: started, listened to, killed, and how it ended."""
+"""Processes in which kernels run. A worker as the runner sees it: started, listened to, killed, and how it ended; and
+this one, where it has no workers: what kernels print in it."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -11,8 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,11 @@ class Process:
     def fds(self) -> tuple[int, ...]:
         return self.channel.socket.fileno(), self._report, self._output
 
+    @property
+    def closing(self) -> bool:
+        """It has closed its channel, and the report of its end has not come yet."""
+        return self._gone > 0
+
     def send(self, message: Mapping[str, Any]) -> None:
         with suppress(OSError):  # it is gone: the next look at it says how
             self.channel.send(message)
@@ -222,3 +229,19 @@ def memory() -> tuple[int, int]:
         used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
         total, free = min(total, limit), min(free, max(0, limit - used))
     return total, free
+
+
+@contextmanager
+def kernels_print_to_stderr() -> Iterator[None]:
+    """What kernels and their SDKs print, from C too, goes to stderr: stdout holds the report, which programs read."""
+    sys.stdout.flush()
+    with redirect_stdout(sys.stderr):
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            with suppress(OSError, AttributeError):  # a C library whose buffers cannot be reached this way
+                ctypes.CDLL(None).fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)

@@ -49,7 +49,7 @@ class HalCase:
         result = self.run()
         if result.verdict == "XFAIL":
             pytest.xfail(f"waiver {result.waiver}: {result.detail}")
-        if result.verdict in ("UNSUPPORTED", "NOT_RUN"):
+        if result.verdict == "UNSUPPORTED":
             pytest.skip(f"{result.verdict} {result.code}: {result.detail}")
         if not result.ok:
             pytest.fail(f"{result.verdict} {result.detail}\n{result.repro}", pytrace=False)
@@ -65,7 +65,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     try:
         judged = runner.targets(option("--hal-backend"), option("--hal-device"))
         facts = judged[0].facts
-        book = waivers.load(judged[0].backend, facts.name, facts.versions)
+        book = waivers.book(waivers.shipped(judged[0].backend), facts.name, facts.versions)
         found = list(cases.cases(option("--hal-level"), option("--hal-op") or ("*",)))
     except HalError as problem:
         raise pytest.UsageError(str(problem)) from None

@@ -1,78 +1,19 @@
-"""What a run writes and shows: ``results.jsonl`` as it goes, JUnit and a terminal table from it."""
+"""What a run shows on a terminal: how far it is, and at the end a table."""
 
 from __future__ import annotations
 
-import ctypes
-import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
-from xml.etree import ElementTree
 
 from glm5_hal.conformance.results import Result
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress, TaskID
-
-
-#: What says to `--resume` which run a folder holds. No part of the bundle.
-RUN = "run.json"
-
-#: The files of a bundle, `bundle/files.py`, which writes all but the first.
-BUNDLE = ("results.jsonl", "manifest.json", "waivers.toml", "junit.xml", "report.md", "report.html", "SHA256SUMS")
-
-
-@contextmanager
-def kernels_print_to_stderr() -> Iterator[None]:
-    """What kernels and their SDKs print, from C too, goes to stderr: stdout holds the report, which programs read."""
-    sys.stdout.flush()
-    with redirect_stdout(sys.stderr):
-        kept = os.dup(1)
-        os.dup2(2, 1)
-        try:
-            yield
-        finally:
-            with suppress(OSError, AttributeError):  # a C library whose buffers cannot be reached this way
-                ctypes.CDLL(None).fflush(None)
-            os.dup2(kept, 1)
-            os.close(kept)
-
-
-#: Verdicts that JUnit knows as skipped.
-SKIPPED = ("UNSUPPORTED", "NOT_RUN", "XFAIL")
-
-
-def junit(results: Sequence[Result]) -> str:
-    """JUnit XML for CI systems: a case per test, UNSUPPORTED and NOT_RUN as skipped, XFAIL too."""
-    suite = ElementTree.Element(
-        "testsuite",
-        name="glm5-hal conformance",
-        tests=str(len(results)),
-        failures=str(sum(not r.ok for r in results)),
-        skipped=str(sum(r.verdict in SKIPPED for r in results)),
-        time=f"{sum(r.seconds for r in results):.3f}",
-    )
-    for r in results:
-        case = ElementTree.SubElement(
-            suite, "testcase", classname=f"{r.backend}.{r.op}", name=r.case, time=f"{r.seconds:.3f}"
-        )
-        if not r.ok:
-            failure = ElementTree.SubElement(case, "failure", type=r.verdict, message=_printable(r.detail))
-            failure.text = _printable("\n".join(filter(None, (r.detail, r.log, r.repro))))
-        elif r.verdict in SKIPPED:
-            waived = f"waived by {r.waiver}: " if r.waiver else ""
-            ElementTree.SubElement(case, "skipped", message=_printable(f"{waived}{r.code} {r.detail}"))
-    ElementTree.indent(suite, "")
-    return "<?xml version='1.0' encoding='utf-8'?>\n" + ElementTree.tostring(suite, encoding="unicode") + "\n"
-
-
-def _printable(text: str) -> str:
-    """XML has no control characters; a kernel's message may."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def table(results: Sequence[Result]) -> RenderableType:

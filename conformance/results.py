@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from glm5_hal.conformance import typed
 
 SCHEMA = 1
 
@@ -23,7 +24,6 @@ VERDICTS: dict[str, bool] = {
     "HANG": False,
     "OOM": False,
     "ERROR": False,
-    "NOT_RUN": True,
 }
 
 
@@ -44,7 +44,9 @@ class Result:
         work: the call's floating-point operations and bytes ("flops", "bytes"), as its op declares them.
         seconds: the whole case; kernel_seconds: the judged run alone.
         repro: the command that runs this case again.
-        remark: what the case gave in a worker that others had used, where alone it gives something else.
+        remark: what the case gave in a worker that others had used, where alone it gives something else; or how its
+            worker ended afterwards, when nothing was running. Who did that was looked for, and ``culprit`` is the
+            kernel that does it again, as "CASE on POLICY"; "" where none is known.
         log: the last lines that its worker process printed, where that process did not survive the case.
     """
 
@@ -72,6 +74,7 @@ class Result:
     work: Mapping[str, float] = field(default_factory=dict)
     log: str = ""
     remark: str = ""
+    culprit: str = ""
     schema: int = SCHEMA
 
     @property
@@ -104,31 +107,14 @@ def _finite(value: Any) -> Any:
     return value
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "Sequence[str]": (list, tuple),
-}
-
-
-def from_record(record: Mapping[str, Any]) -> Result:
-    """The inverse of `Result.as_json`. Raises ValueError, TypeError or AttributeError for what is no such record."""
-    numbers = {
-        k: {name: float(v) for name, v in record[k].items()} for k in ("errors", "budget", "work") if k in record
-    }
-    result = Result(**{**record, **numbers, "claims": tuple(record.get("claims", ()))})
-    for each in fields(Result):
-        if not isinstance(getattr(result, each.name), _KINDS.get(str(each.type), (Mapping,))):
-            raise ValueError(f"{each.name} of a result is {getattr(result, each.name)!r:.80}")
+def from_record(record: Any) -> Result:
+    """The inverse of `Result.as_json`. Raises ValueError for what is no such record."""
+    result = typed.read(Result, record, "a result")
     if result.verdict not in VERDICTS:
         raise ValueError(f"no verdict {result.verdict!r:.80}")
+    if result.schema != SCHEMA:
+        raise ValueError(f"schema {result.schema}; this suite reads {SCHEMA}")
     return result
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``results.jsonl``."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def succeeded(results: Sequence[Result]) -> bool:

@@ -6,7 +6,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,24 @@ class Session:
     memory: float | None = None
     in_process: bool = False
 
+    @cached_property
+    def chosen(self) -> list[Case]:
+        """The cases, in order."""
+        from glm5_hal.conformance import cases
+
+        if self.cases or self.replays:
+            from glm5_hal.conformance import replay
+
+            return cases.find(self.cases) + [replay.case(file) for file in self.replays]
+        return list(cases.cases(self.level, self.ops))
+
+    @property
+    def tiny(self) -> bool:
+        """Small tensors gain nothing from threads, and stall in them on a busy machine."""
+        if self.cases or self.replays:
+            return all(c.sample.level == "smoke" for c in self.chosen)
+        return self.level == "smoke"
+
 
 @dataclass(frozen=True)
 class Done:
@@ -61,7 +80,8 @@ def _in_workers(wanted: Session) -> Done:
     import torch
 
     from glm5_hal.conformance.aftermath import culprits
-    from glm5_hal.conformance.pool import Plan, Pool, Task
+    from glm5_hal.conformance.plan import Plan, Task
+    from glm5_hal.conformance.pool import Pool
 
     plan = Plan(
         wanted.backend,
@@ -71,15 +91,14 @@ def _in_workers(wanted: Session) -> Done:
         wanted.seed,
         wanted.timeout,
         wanted.memory,
-        1 if _tiny(wanted) else None,
+        1 if wanted.tiny else None,
     )
     with Pool(plan) as pool:  # workers load torch while we do
-        if _tiny(wanted):
-            torch.set_num_threads(1)  # as the workers have: the manifest says how many there were
-        chosen = _chosen(wanted)
-        judged = pool.targets()
-        run = _Run(wanted, chosen, judged)
-        with _journal(wanted, chosen, judged, pool.identity) as (journal, keys):
+        chosen, greeting = wanted.chosen, pool.greeted()
+        judged = list(greeting.targets)
+        torch.set_num_threads(greeting.threads)  # of which the manifest tells, and with which it measures the limits
+        run = _Run(wanted, judged, greeting.waivers)
+        with _journal(wanted, judged, greeting.identity) as (journal, keys):
             policies = [t.policy for t in judged]
             todo = [(c, tuple(p for p in policies if (c.id, p) not in journal.results)) for c in chosen]
             results = pool.run([Task(c, left) for c, left in todo if left])
@@ -89,68 +108,47 @@ def _in_workers(wanted: Session) -> Done:
 def _in_process(wanted: Session) -> Done:
     import torch
 
-    from glm5_hal.conformance import identity, report, runner
+    from glm5_hal.conformance import identity, runner, waivers
+    from glm5_hal.conformance.process import kernels_print_to_stderr
 
     if len(wanted.devices) > 1 or wanted.workers > 1:
         what = "one process uses one device"
         raise HalError("CONFIG", what, value=wanted.devices, fix="leave out --in-process, or the other devices")
     judged = runner.targets(wanted.backend, wanted.devices[0], wanted.plugin)
-    chosen = _chosen(wanted)
-    if _tiny(wanted):
+    if wanted.tiny:
         torch.set_num_threads(1)
-    run = _Run(wanted, chosen, judged)
-    with _journal(wanted, chosen, judged, identity.of_backend(judged[0])) as (journal, keys):
+    run = _Run(wanted, judged, waivers.shipped(judged[0].backend))
+    with _journal(wanted, judged, identity.of_backend(judged[0])) as (journal, keys):
 
         def results() -> Iterator[Result]:
-            for case in chosen:
+            for case in wanted.chosen:
                 left = [t for t in judged if (case.id, t.policy) not in journal.results]
                 yield from runner.run([case], left, wanted.seed)
 
-        with report.kernels_print_to_stderr():
+        with kernels_print_to_stderr():
             return run.kept(journal, keys, results())
 
 
-def _chosen(wanted: Session) -> list[Case]:
-    from glm5_hal.conformance import cases
-
-    if wanted.cases or wanted.replays:
-        from glm5_hal.conformance import replay
-
-        return cases.find(wanted.cases) + [replay.case(file) for file in wanted.replays]
-    return list(cases.cases(wanted.level, wanted.ops))
-
-
-def _tiny(wanted: Session) -> bool:
-    """Small tensors gain nothing from threads, and stall in them on a busy machine."""
-    if wanted.cases or wanted.replays:
-        return all(c.sample.level == "smoke" for c in _chosen(wanted))
-    return wanted.level == "smoke"
-
-
 @contextmanager
-def _journal(
-    wanted: Session, chosen: list[Case], judged: list[Target], backend: Any
-) -> Iterator[tuple[Journal, list[Key]]]:
+def _journal(wanted: Session, judged: list[Target], backend: Any) -> Iterator[tuple[Journal, list[Key]]]:
     from glm5_hal.conformance import identity, journal
 
     policies = [t.policy for t in judged]
     level = "" if wanted.cases or wanted.replays else wanted.level
-    which = identity.of_run(backend, policies, level, wanted.seed, chosen)
+    which = identity.of_run(backend, policies, level, wanted.seed, wanted.chosen)
     with journal.opened(wanted.out, which, resume=wanted.resume) as opened:
-        yield opened, [(case.id, policy) for case in chosen for policy in policies]
+        yield opened, [(case.id, policy) for case in wanted.chosen for policy in policies]
 
 
 class _Run:
-    """What becomes of results: excused where a waiver says so, kept as they come, and made a bundle at the end."""
+    """What becomes of results: kept as they come, excused at the end where a waiver says so, and made a bundle."""
 
-    def __init__(self, wanted: Session, chosen: list[Case], judged: list[Target]) -> None:
+    def __init__(self, wanted: Session, judged: list[Target], shipped: tuple[str, str]) -> None:
         from glm5_hal.conformance import waivers
-        from glm5_hal.conformance.bundle.manifest import now
 
         facts = judged[0].facts
-        self.wanted, self.chosen, self.judged = wanted, chosen, judged
-        self.book = waivers.load(judged[0].backend, facts.name, facts.versions, wanted.plugin)
-        self.started = now()
+        self.wanted, self.judged = wanted, judged
+        self.book = waivers.book(shipped, facts.name, facts.versions)
 
     def kept(
         self,
@@ -160,32 +158,45 @@ class _Run:
         corrections: Callable[[], Iterable[Result]] = tuple,
     ) -> Done:
         """Results into the journal as they come, and then what replaces some of them; at last the whole, in order, and
-        the bundle."""
+        the bundle. The journal has them as they are: what a waiver excuses is for the day on which the run ends."""
         from glm5_hal.conformance import report
+        from glm5_hal.conformance.bundle.manifest import day_of, now
         from glm5_hal.conformance.journal import writable
 
-        failed = sum(not r.ok for r in journal.results.values())
+        journal.results |= {key: self._plain(result) for key, result in journal.results.items()}
+        failed = sum(not self.book.judged(r).ok for r in journal.results.values())
         with report.shown(len(keys), len(journal.results)) as note:
-            for result in map(self.book.judged, results):
+            for result in results:
                 journal.add(result)
-                failed += not result.ok
+                failed += not self.book.judged(result).ok
                 note(result.case, failed)
         for result in corrections():
-            journal.add(self.book.judged(result))
-        ordered = journal.finish(keys)
+            journal.add(result)
+        ended = now()
+        book = replace(self.book, day=day_of(ended))
+        ordered = journal.finish(keys, book.judged)
         if not self.wanted.replays:  # a user's own tensors: nobody else could draw them
             with writable(journal.folder):
-                self._bundle(journal.folder, ordered)
-        return Done(ordered, self.book)
+                self._bundle(journal, ordered, book, ended)
+        return Done(ordered, book)
 
-    def _bundle(self, folder: Path, results: list[Result]) -> None:
+    def _plain(self, result: Result) -> Result:
+        """A run that was complete has its results as they were excused."""
+        try:
+            return self.book.unexcused(result)
+        except KeyError:
+            what = f"{result.case} was {result.verdict} by waiver {result.waiver!r}, which is gone"
+            raise HalError("CONFIG", what, value=result.waiver, fix="run without --resume") from None
+
+    def _bundle(self, journal: Journal, results: list[Result], book: Book, ended: str) -> None:
         from glm5_hal.conformance.bundle import files
         from glm5_hal.conformance.bundle.manifest import Selection
 
         wanted = self.wanted
         policies = tuple(t.policy for t in self.judged)
         selection = Selection(wanted.level, wanted.ops, wanted.cases, policies, wanted.seed)
-        files.write(folder, results, selection, [c.id for c in self.chosen], self.judged, self.book, self.started)
+        ids = [c.id for c in wanted.chosen]
+        files.write(journal.folder, results, selection, ids, self.judged, book, (journal.started, ended))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 #: What the format allows a header to be.
 LONGEST_HEADER = 100_000_000
+
+
+class _Place(NamedTuple):
+    dtype: torch.dtype
+    shape: list[int]
+    start: int
+    stop: int
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -58,19 +65,26 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         header = json.loads(data[8 : 8 + length])
         metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
         body = memoryview(bytearray(data[8 + length :]))
-        return {name: _tensor(name, entry, body) for name, entry in header.items()}, metadata
+        places = {name: _place(name, entry, len(body)) for name, entry in header.items()}
+        return {name: _tensor(place, body) for name, place in places.items()}, metadata
     except (struct.error, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise HalError(
             "CONFIG", f"{path} is no safetensors file: {problem}", value=str(path), fix="write it with replay.save"
         ) from None
 
 
-def _tensor(name: str, entry: Mapping[str, Any], body: memoryview) -> Tensor:
+def _place(name: str, entry: Mapping[str, Any], size: int) -> _Place:
+    """Where a tensor lies in a body of ``size`` bytes. Raises what `read` takes for a file of another format."""
     dtype, shape, (start, stop) = DTYPES[entry["dtype"]], [int(n) for n in entry["shape"]], entry["data_offsets"]
-    if any(n < 0 for n in shape) or not 0 <= start <= stop <= len(body):
+    if any(n < 0 for n in shape) or not 0 <= start <= stop <= size:
         raise ValueError(f"{name} lies outside the file")
     if stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} has {stop - start} bytes for {entry['dtype']} {shape}")
-    if start == stop:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(body[start:stop], dtype=torch.uint8).clone().view(dtype).reshape(shape)
+    return _Place(dtype, shape, start, stop)
+
+
+def _tensor(place: _Place, body: memoryview) -> Tensor:
+    if place.start == place.stop:
+        return torch.empty(place.shape, dtype=place.dtype)
+    data = torch.frombuffer(body[place.start : place.stop], dtype=torch.uint8)
+    return data.clone().view(place.dtype).reshape(place.shape)

@@ -7,7 +7,6 @@ date. What a kernel declares that it cannot do is UNSUPPORTED, and needs none.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -145,38 +144,26 @@ class Book:
         return tuple(rows)
 
 
-def load(backend: str, device: str, versions: Mapping[str, str], plugin: str = "") -> Book:
-    """The waivers that a backend ships in its package, for a device as its probe found it. The package is not imported.
+def shipped(backend: str) -> tuple[str, str]:
+    """The file of waivers in a backend's package, and its text; ("", "") where there is none.
 
-    ``plugin`` is the path or module of a backend that is not installed.
-
-    Raises:
-        HalError: CONFIG for a file that breaks a rule; UNKNOWN for a backend that does not exist.
+    To be asked where the backend is loaded, which is in a worker: finding a module imports what it lies in.
     """
     from glm5_hal import context
 
-    path = Path(plugin)
-    if plugin and path.exists():
-        file: Path | None = (path if path.is_dir() else path.parent) / FILE
-    else:
-        catalogue = context.catalogue()
-        announced = [record.value for record in catalogue.found if record.name == backend]
-        if not (plugin or announced):
-            catalogue.record(backend)
-        file = _file_of(plugin or announced[0])
-    if file is None or not file.is_file():
-        return Book(device=device, versions=versions)
-    text = file.read_text(encoding="utf-8")
-    return Book(parse(text, str(file)), device=device, versions=versions, text=text)
+    record = context.catalogue().record(backend)
+    module = sys.modules.get(record.value.partition(":")[0].strip())
+    if module is None or not module.__file__:
+        return "", ""
+    file = Path(module.__file__).with_name(FILE)
+    return (str(file), file.read_text(encoding="utf-8")) if file.is_file() else ("", "")
 
 
-def _file_of(entry_point: str) -> Path | None:
-    """Where the package of an entry point would have its waivers."""
-    try:
-        found = importlib.util.find_spec(entry_point.partition(":")[0].strip())
-    except (ImportError, ValueError, AttributeError):  # a plugin that was loaded in another way, or not at all
-        return None
-    return None if found is None or found.origin is None else Path(found.origin).with_name(FILE)
+def book(shipped: tuple[str, str], device: str, versions: Mapping[str, str]) -> Book:
+    """The waivers that a backend ships, for a device as its probe found it. Raises HalError("CONFIG") for a file that
+    breaks a rule."""
+    file, text = shipped
+    return Book(parse(text, file), device=device, versions=versions, text=text)
 
 
 def parse(text: str, file: str = FILE) -> tuple[Waiver, ...]:

@@ -22,12 +22,12 @@ import torch
 
 from glm5_hal.conformance import drawing, identity, replay, runner
 from glm5_hal.conformance.cases import Case, cases
+from glm5_hal.conformance.greeting import said
 from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.runner import Target
 from glm5_hal.conformance.subject import prepared
 from glm5_hal.conformance.wire import Channel
 from glm5_hal.errors import HalError
-from glm5_hal.plugins.child import encoded
 
 
 def serve(channel_fd: int, job: dict[str, Any]) -> None:
@@ -47,17 +47,7 @@ def serve(channel_fd: int, job: dict[str, Any]) -> None:
         torch.set_num_threads(job["threads"])
     if job["memory"] and judged[0].device.split(":")[0] == "cpu":
         _limit(job["memory"])
-    facts = judged[0].facts
-    channel.send(
-        {
-            "hello": os.getpid(),
-            "backend": judged[0].backend,
-            "providers": [t.provider for t in judged],
-            "device": judged[0].device,
-            "facts": encoded(facts),
-            "identity": identity.of_backend(judged[0]),
-        }
-    )
+    channel.send(said(judged, identity.of_backend(judged[0])))
     by_policy, outputs = {t.policy: t for t in judged}, _Outputs()
     while (order := channel.receive()) is not None:
         case = _case(order)

@@ -30,16 +30,19 @@ def verify(
     rerun: Annotated[int, typer.Option(help="Compute so many cases again and compare.", min=0)] = 0,
     seed: Annotated[int | None, typer.Option(help="Which cases --rerun takes; drawn if not given.", min=0)] = None,
     device: Annotated[str | None, typer.Option(help="Device for --rerun, as torch names it.")] = None,
+    plugin: Annotated[
+        str | None, typer.Option(help="Backend for --rerun that is not installed, as run has it.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a bundle offline: files, suite, cases, counts, and that every verdict follows from its numbers.
 
-    A bundle is not signed, so this proves consistency only. --rerun computes cases again, from the recorded seed: it
-    needs the backend and its device. Exit codes: 0 consistent, 2 usage, 3 no device for --rerun, 4 invalid.
+    A bundle is not signed, so this proves consistency only. --rerun computes cases again, from the recorded seed and in
+    worker processes: it needs the backend and its device. Exit codes: 0 consistent, 2 usage, 3 no device for --rerun,
+    4 invalid.
     """
     from glm5_hal.conformance.bundle import rerun as again
     from glm5_hal.conformance.bundle.verify import verify as check
-    from glm5_hal.conformance.report import kernels_print_to_stderr
     from glm5_hal.errors import HalError
 
     if not folder.is_dir():
@@ -48,8 +51,7 @@ def verify(
     choice = secrets.randbelow(2**31) if seed is None else seed
     done = None
     if rerun and bundle is not None:
-        with kernels_print_to_stderr():
-            done = again.rerun(bundle, rerun, choice, device)
+        done = again.rerun(bundle, rerun, choice, device, plugin or "")
         problems += done.problems
     if as_json:
         told = {

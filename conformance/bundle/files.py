@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glm5_hal.conformance import profiles, report
-from glm5_hal.conformance.bundle import page
-from glm5_hal.conformance.bundle.manifest import Manifest, Selection, describe, now
+from glm5_hal.conformance import profiles
+from glm5_hal.conformance.bundle import junit, page
+from glm5_hal.conformance.bundle.manifest import Manifest, Selection, day_of, describe
 from glm5_hal.conformance.bundle.view import view
-from glm5_hal.conformance.results import VERDICTS, Result
+from glm5_hal.conformance.folder import BUNDLE
+from glm5_hal.conformance.results import Result, from_record
 from glm5_hal.conformance.waivers import FILE as WAIVERS
 from glm5_hal.conformance.waivers import Book, parse
 from glm5_hal.errors import HalError
@@ -26,10 +27,9 @@ if TYPE_CHECKING:
     from glm5_hal.conformance.runner import Target
 
 RESULTS, MANIFEST, SUMS = "results.jsonl", "manifest.json", "SHA256SUMS"
-DERIVED = ("junit.xml", "report.md", "report.html")
 
 #: Everything that a bundle consists of.
-NAMES = report.BUNDLE
+NAMES = BUNDLE
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ def write(
     cases: Sequence[str],
     judged: Sequence[Target],
     book: Book,
-    started: str,
+    times: tuple[str, str],
 ) -> Manifest:
-    """Complete ``folder``, which has results.jsonl already, to a bundle."""
+    """Complete ``folder``, which has results.jsonl already, to a bundle. ``times``: when the run started, and ended."""
     said = describe(selection, cases, judged, results, book)
-    manifest = Manifest(**said, started=started, ended=now(), results=sha256(folder / RESULTS))
+    manifest = Manifest(**said, started=times[0], ended=times[1], results=sha256(folder / RESULTS))
     text = json.dumps(manifest.as_dict(), indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
     (folder / WAIVERS).write_text(book.text, encoding="utf-8", newline="\n")
@@ -66,7 +66,7 @@ def derived(bundle: Bundle) -> dict[str, str]:
     """The derived files' content by name."""
     shown = view(bundle.manifest, bundle.results, bundle.book, profiles.claims(bundle.manifest, bundle.results))
     return {
-        "junit.xml": report.junit(bundle.results),
+        "junit.xml": junit.junit(bundle.results),
         "report.md": page.markdown(shown),
         "report.html": page.html(shown),
     }
@@ -105,7 +105,7 @@ def read(folder: Path) -> Bundle:
     """The content of a bundle, unverified. Raises Malformed."""
     try:
         manifest = Manifest.from_dict(json.loads(_text(folder, MANIFEST)))
-    except (TypeError, ValueError) as problem:
+    except (ValueError, RecursionError) as problem:
         raise Malformed(MANIFEST, str(problem)) from None
     lines = _text(folder, RESULTS).removesuffix("\n")  # not splitlines: what kernels say may have U+2028 in it
     results = tuple(_result(line, n) for n, line in enumerate(lines.split("\n") if lines else [], 1))
@@ -115,15 +115,10 @@ def read(folder: Path) -> Bundle:
         return Bundle(manifest, results, book_of(manifest, waivers, text))
     except HalError as problem:
         raise Malformed(WAIVERS, problem.what) from None
-    except ValueError:
-        raise Malformed(MANIFEST, f"{manifest.started!r} is no time") from None
 
 
 def book_of(manifest: Manifest, waivers: Any, text: str) -> Book:
-    from datetime import datetime
-
-    day = datetime.fromisoformat(manifest.started).date()
-    return Book(waivers, day, manifest.device.name, manifest.device.versions, text)
+    return Book(waivers, day_of(manifest.ended), manifest.device.name, manifest.device.versions, text)
 
 
 def opened(folder: Path) -> Bundle:
@@ -145,38 +140,8 @@ def _text(folder: Path, name: str) -> str:
         raise Malformed(name, why) from None
 
 
-_FIELDS = {f.name: str(f.type) for f in fields(Result)}
-_KINDS: dict[str, Any] = {"str": str, "int": int, "float": (int, float)}
-
-
 def _result(line: str, number: int) -> Result:
-    where = f"line {number}"
     try:
-        record = json.loads(line)
-    except ValueError:
-        raise Malformed(RESULTS, f"{where} is no JSON") from None
-    if not isinstance(record, dict) or record.keys() != _FIELDS.keys():
-        odd = sorted(record.keys() ^ _FIELDS.keys()) if isinstance(record, dict) else type(record).__name__
-        raise Malformed(RESULTS, f"{where}: missing or unknown: {odd}")
-    for name, kind in _FIELDS.items():
-        value = record[name]
-        if kind in _KINDS and (isinstance(value, bool) or not isinstance(value, _KINDS[kind])):
-            raise Malformed(RESULTS, f"{where}: {name} is {value!r}")
-    for name in ("errors", "budget", "work"):
-        record[name] = _numbers(record[name], f"{where}: {name}")
-    checks, claims = record["checks"], record["claims"]
-    if not isinstance(checks, dict) or not all(isinstance(v, str) for v in checks.values()):
-        raise Malformed(RESULTS, f"{where}: checks are no texts")
-    if not isinstance(claims, list) or not all(isinstance(v, str) for v in claims):
-        raise Malformed(RESULTS, f"{where}: claims are no texts")
-    if record["verdict"] not in VERDICTS:
-        raise Malformed(RESULTS, f"{where}: no verdict is called {record['verdict']!r}")
-    return Result(**{**record, "claims": tuple(claims)})
-
-
-def _numbers(value: Any, where: str) -> dict[str, float]:
-    """Infinities and NaN are text in JSON."""
-    try:
-        return {str(k): float(v) for k, v in value.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise Malformed(RESULTS, f"{where} are no numbers") from None
+        return from_record(json.loads(line))
+    except (ValueError, RecursionError) as problem:
+        raise Malformed(RESULTS, f"line {number}: {problem}") from None

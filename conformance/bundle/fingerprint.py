@@ -6,6 +6,7 @@ import ast
 import base64
 import hashlib
 import importlib
+import importlib.util
 import io
 import os
 import subprocess
@@ -44,12 +45,9 @@ class Suite:
 @cache
 def suite() -> Suite:
     """The suite that is running."""
-    files = _files()
-    code = hashlib.sha256()
-    for name, path in files.items():
-        code.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    files = {name: path for package in PACKAGES for name, path in files_of(package).items()}
     origin, commit, clean = _checkout() or _wheel(files) or ("unknown", "", False)
-    return Suite(glm5_hal.__version__, origin, commit, clean, code.hexdigest())
+    return Suite(glm5_hal.__version__, origin, commit, clean, hashed(files))
 
 
 @cache
@@ -100,17 +98,27 @@ def essence(source: str) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
-def _files() -> dict[str, Path]:
-    """Every file of the packages by its import path, whatever folder it lies in."""
+def files_of(module: str) -> dict[str, Path]:
+    """Every file of a package by its import path, whatever folder it lies in; a module's own. What is hidden belongs to
+    an editor, and what is cached to Python."""
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        return {}
+    if not spec.submodule_search_locations:
+        return {module.replace(".", "/"): Path(spec.origin)} if spec.origin else {}
     found = {}
-    for package in PACKAGES:
-        top = Path(importlib.import_module(package).__path__[0])
+    for top in map(Path, spec.submodule_search_locations):
         for path in top.rglob("*"):
             inner = path.relative_to(top)
             hidden = any(part.startswith(".") or part == "__pycache__" for part in inner.parts)
             if path.is_file() and not hidden:
-                found[f"{package.replace('.', '/')}/{inner.as_posix()}"] = path
-    return dict(sorted(found.items()))
+                found[f"{module.replace('.', '/')}/{inner.as_posix()}"] = path
+    return found
+
+
+def hashed(files: Mapping[str, Path]) -> str:
+    """SHA-256 over names and contents."""
+    return listed(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for name, path in sorted(files.items()))
 
 
 def _checkout() -> tuple[str, str, bool] | None:

@@ -6,11 +6,12 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass, field
+from datetime import date, datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
-from glm5_hal.backend import Device
+from glm5_hal.backend import EVIDENCE, Device
+from glm5_hal.conformance import typed
 from glm5_hal.conformance.bundle.fingerprint import Suite, combined, listed, spec_hashes, suite
 from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.waivers import Book, Tally
@@ -116,31 +117,27 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, data: Any) -> Manifest:
-        """Raises TypeError or ValueError, and says why, for anything but what `as_dict` gives."""
-        whole = _checked(cls, data)
-        if whole["schema"] != SCHEMA:
-            raise ValueError(f"schema {whole['schema']!r}; this suite reads {SCHEMA}")
-        parts = {"suite": Suite, "selection": Selection, "device": Facts, "host": Host, "limits": Limits}
-        for name, kind in parts.items():
-            whole[name] = _built(kind, whole[name])
-        whole["waivers"] = tuple(_built(Tally, item) for item in whole["waivers"])
-        return cls(**whole)
-
-
-def _built(kind: Any, data: Any) -> Any:
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in _checked(kind, data).items()})
-
-
-def _checked(kind: Any, data: Any) -> dict[str, Any]:
-    names = {f.name for f in fields(kind)}
-    if not isinstance(data, dict) or data.keys() != names:
-        odd = data.keys() ^ names if isinstance(data, dict) else type(data).__name__
-        raise TypeError(f"{kind.__name__.lower()}: missing or unknown: {odd if isinstance(odd, str) else sorted(odd)}")
-    return dict(data)
+        """Raises ValueError, and says why, for anything but what `as_dict` gives."""
+        said = typed.read(cls, data, "the manifest")
+        if said.schema != SCHEMA:
+            raise ValueError(f"schema {said.schema}; this suite reads {SCHEMA}")
+        if said.device.evidence not in EVIDENCE:
+            raise ValueError(f"no evidence is called {said.device.evidence!r:.80}")
+        if said.host.threads < 1:
+            raise ValueError(f"{said.host.threads} threads compute nothing")
+        for time in (said.started, said.ended):
+            if datetime.fromisoformat(time).utcoffset() != timedelta(0):
+                raise ValueError(f"{time!r:.80} is no time in UTC")
+        return said
 
 
 def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def day_of(time: str) -> date:
+    """The day on which waivers are held against a run that ends then."""
+    return datetime.fromisoformat(time).date()
 
 
 def case_list(ids: Iterable[str]) -> str:

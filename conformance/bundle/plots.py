@@ -55,9 +55,7 @@ class Scale:
 
 def error_scale(results: Sequence[Result]) -> Scale:
     """From a thousandth of the budget to ten times it; to a thousand times it where something failed."""
-    return Scale(
-        1e-3, 10.0 if all(r.verdict in ("PASS", "UNSUPPORTED", "NOT_RUN") for r in results) else 1e3, LEFT, RIGHT
-    )
+    return Scale(1e-3, 10.0 if all(r.verdict in ("PASS", "UNSUPPORTED") for r in results) else 1e3, LEFT, RIGHT)
 
 
 def error_ticks(scale: Scale) -> list[Tick]:
@@ -94,7 +92,7 @@ def error_dots(results: Sequence[tuple[int, Result]], scale: Scale) -> tuple[lis
 
 def kind_of(result: Result) -> str:
     """How a case is drawn; "none" where it was not judged."""
-    kinds = {"PASS": "pass", "XFAIL": "waived", "UNSUPPORTED": "none", "NOT_RUN": "none"}
+    kinds = {"PASS": "pass", "XFAIL": "waived", "UNSUPPORTED": "none"}
     return kinds.get(result.verdict, "fail")
 
 

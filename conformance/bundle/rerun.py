@@ -1,4 +1,7 @@
-"""Compute some cases of a bundle again, from the seed that it names, and compare."""
+"""Compute some cases of a bundle again, from the seed that it names, and compare.
+
+In worker processes, as the run itself: what is recorded as a crash or a hang is one here, too.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,11 @@ from dataclasses import dataclass
 from glm5_hal.conformance.bundle.files import Bundle
 from glm5_hal.conformance.bundle.manifest import Facts, Manifest, host
 from glm5_hal.conformance.bundle.verify import Problem
+from glm5_hal.conformance.cases import cases as every
+from glm5_hal.conformance.cases import find
+from glm5_hal.conformance.plan import Plan, Task
+from glm5_hal.conformance.pool import Pool
 from glm5_hal.conformance.results import Result
-from glm5_hal.errors import HalError
 
 #: How far the errors of a deterministic kernel may be from the recorded ones, relative to them: the oracle itself
 #: is computed anew.
@@ -27,39 +33,43 @@ class Rerun:
     problems: tuple[Problem, ...]
 
 
-def rerun(bundle: Bundle, count: int, seed: int, device: str | None = None) -> Rerun:
-    """Compute ``count`` results again, chosen by ``seed``.
+def rerun(bundle: Bundle, count: int, seed: int, device: str | None = None, plugin: str = "") -> Rerun:
+    """Compute ``count`` results again, chosen by ``seed``. ``plugin`` is where a backend comes from that is not
+    installed.
 
     Verdicts must be the same; so must the inputs' hashes; and the errors, where the kernel claims ``deterministic`` and
-    device and versions are those of the bundle.
+    device and versions are those of the bundle. A case that damages what comes after it passes by itself, so those are
+    never chosen.
 
     Raises:
         HalError: UNKNOWN, PLUGIN or UNAVAILABLE where the bundle's backend or its device is not here.
     """
-    import torch
-
-    from glm5_hal.conformance import runner
-    from glm5_hal.conformance.cases import find
-
-    selection = bundle.manifest.selection
-    chosen = random.Random(seed).sample(bundle.results, min(count, len(bundle.results)))
-    judged = {name: runner.targets(name, device)[0] for name in sorted({r.backend for r in chosen})}
-    unlike = next(filter(None, (_unlike(bundle.manifest, Facts.of(t.facts)) for t in judged.values())), "")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(bundle.manifest.host.threads, 1))
+    said = bundle.manifest
+    eligible = [r for r in bundle.results if r.code != "AFTERMATH"]
+    chosen = random.Random(seed).sample(eligible, min(count, len(eligible)))
+    known = {case.id for case in every("full")}
+    here: list[Facts] = []
+    again: dict[tuple[str, str], Result] = {}
+    for policy in sorted({r.backend for r in chosen}):
+        cases = tuple(dict.fromkeys(r.case for r in chosen if r.backend == policy and r.case in known))
+        plan = Plan(policy, plugin, (device,), seed=said.selection.seed, threads=said.host.threads)
+        facts, results = computed(plan, cases)
+        here.append(facts)
+        again |= {(r.case, r.backend): bundle.book.judged(r) for r in results}
+    unlike = next(filter(None, (_unlike(said, facts) for facts in here)), "")
     problems = []
-    try:
-        for recorded in chosen:
-            try:
-                (case,) = find([recorded.case])
-            except HalError:
-                problems.append(Problem("RERUN", recorded.case, "is not known here"))
-                continue
-            again = bundle.book.judged(next(runner.run([case], [judged[recorded.backend]], selection.seed)))
-            problems += [Problem("RERUN", recorded.case, what) for what in _differences(recorded, again, not unlike)]
-    finally:
-        torch.set_num_threads(threads)
+    for recorded in chosen:
+        found = again.get((recorded.case, recorded.backend))
+        differences = ["is not known here"] if found is None else _differences(recorded, found, not unlike)
+        problems += [Problem("RERUN", recorded.case, what) for what in differences]
     return Rerun(tuple(r.case for r in chosen), unlike, tuple(problems))
+
+
+def computed(plan: Plan, cases: tuple[str, ...]) -> tuple[Facts, tuple[Result, ...]]:
+    """The device, and what the plan's one provider gives in these cases."""
+    with Pool(plan) as pool:
+        (target,) = pool.targets()
+        return Facts.of(target.facts), tuple(pool.run([Task(case, (target.policy,)) for case in find(cases)]))
 
 
 def _unlike(manifest: Manifest, here: Facts) -> str:

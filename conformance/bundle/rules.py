@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 
 from glm5_hal.conformance import relations
 from glm5_hal.conformance.bundle.manifest import Manifest
@@ -18,8 +19,11 @@ RAN = ("PASS", "MISTRUSTED")
 #: The checks that measure: against the oracle, or of two ways to one result.
 MEASURE = ("accuracy", relations.GROUP)
 
+#: The checks that always answer, by "ok" or "failed". The others may find nothing to look at.
+ALWAYS = ("form", "integrity", "rerun", "workspace", "provenance", "errors", relations.GROUP)
+
 #: Verdicts of runs that were cut short: nothing was measured.
-CUT = ("CRASH", "HANG", "OOM", "ERROR", "NOT_RUN")
+CUT = ("CRASH", "HANG", "OOM", "ERROR")
 
 #: Why a run may fail beside a check: what the kernel raised.
 RAISED = ("RAISED", *CODES)
@@ -41,6 +45,14 @@ def of_the_verdict(result: Result, book: Book) -> Iterator[str]:
     yield from _of_the_numbers(plain)
 
 
+def of_the_culprit(result: Result, failed: Collection[str]) -> Iterator[str]:
+    """What does not follow of who damaged a worker. ``failed``: what failed in the bundle, as "CASE on POLICY"."""
+    if result.culprit and not result.remark:
+        yield f"{result.culprit} is named as the culprit of nothing"
+    if result.culprit and result.culprit not in failed:
+        yield f"{result.culprit} is named as the culprit, and has not failed"
+
+
 def _of_the_numbers(r: Result) -> Iterator[str]:
     failed = [name for name, said in r.checks.items() if said.startswith("failed: ")]
     over = [name for name, error in r.errors.items() if not error <= r.budget.get(name, -1.0)]
@@ -52,6 +64,11 @@ def _of_the_numbers(r: Result) -> Iterator[str]:
     if over and not set(MEASURE) & set(failed):
         first = over[0]
         yield f"{first} is {r.errors[first]:.3g} of {r.budget.get(first, 0.0):.3g}, and accuracy is not failed"
+    if not re.fullmatch("[0-9a-f]{64}" if r.checks else "([0-9a-f]{64})?", r.inputs):
+        yield f"the inputs are {r.inputs!r:.80}, which is no sha256"
+    silent = [name for name in ALWAYS if r.checks.get(name, "").startswith("n/a: ")]
+    if silent:
+        yield f"the checks {', '.join(silent)} always apply, and say n/a"
     if r.verdict in RAN:
         if not r.checks:
             yield f"{r.verdict} without checks"
@@ -95,6 +112,9 @@ def of_its_case(r: Result, case: Case) -> Iterator[str]:
     strange = outputs - set(case.spec.accuracy) if case.relation is None else set()
     if strange:
         yield f"errors of {', '.join(sorted(strange))}, which the op does not have"
+    unknown = set(r.claims) - set(() if case.relation is not None else case.spec.attributes)
+    if unknown:
+        yield f"claims {', '.join(sorted(unknown))}, which the op does not have"
     if r.kernel and r.kernel.partition(":")[0] != r.backend.partition(":")[0]:
         yield f"kernel {r.kernel} on {r.backend}"
 

@@ -18,7 +18,7 @@ from glm5_hal.conformance.bundle.files import MANIFEST, NAMES, RESULTS, SUMS, Bu
 from glm5_hal.conformance.bundle.fingerprint import combined, spec_hashes, suite
 from glm5_hal.conformance.bundle.manifest import Manifest, case_list
 from glm5_hal.conformance.cases import Case, cases, find
-from glm5_hal.conformance.report import RUN
+from glm5_hal.conformance.folder import RUN
 from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.waivers import FILE as WAIVERS
 from glm5_hal.conformance.waivers import Tally
@@ -124,7 +124,7 @@ def _waivers(bundle: Bundle, today: date) -> Iterator[Problem]:
     relied = {r.waiver for r in bundle.results if r.verdict == "XFAIL"}
     for waiver in bundle.book.waivers:
         if waiver.expires < bundle.book.day:
-            yield Problem("WAIVER", WAIVERS, f"{waiver.id} had expired on {waiver.expires}, before the run")
+            yield Problem("WAIVER", WAIVERS, f"{waiver.id} had expired on {waiver.expires}, before the run ended")
         elif waiver.expires < today and waiver.id in relied:
             yield Problem("WAIVER", WAIVERS, f"{waiver.id} has expired on {waiver.expires}, and cases rely on it")
 
@@ -167,11 +167,8 @@ def _manifest(bundle: Bundle, folder: Path) -> Iterator[Problem]:
     tallies = bundle.book.tally(bundle.results)
     if said.waivers != tallies:
         yield Problem("COUNTS", MANIFEST, f"waivers {_told(said.waivers)}, they are {_told(tallies)}")
-    try:
-        if datetime.fromisoformat(said.ended) < datetime.fromisoformat(said.started):
-            yield Problem("RECORD", MANIFEST, "the run ends before it starts")
-    except (TypeError, ValueError):
-        yield Problem("MALFORMED", MANIFEST, "a time cannot be read")
+    if datetime.fromisoformat(said.ended) < datetime.fromisoformat(said.started):
+        yield Problem("RECORD", MANIFEST, "the run ends before it starts")
     for problem in rules.of_the_device(said):
         yield Problem("EVIDENCE", MANIFEST, problem)
 
@@ -182,12 +179,13 @@ def _told(tallies: Sequence[Tally]) -> str:
 
 def _results(bundle: Bundle) -> Iterator[Problem]:
     said = bundle.manifest
+    failed = {f"{r.case} on {r.backend}" for r in bundle.results if r.verdict not in ("PASS", "UNSUPPORTED")}
     for r in bundle.results:
         for problem in _contradictions(r, said):
             yield Problem("RECORD", r.case, problem)
         if r.evidence not in EVIDENCE or EVIDENCE.index(r.evidence) < EVIDENCE.index(said.device.evidence):
             yield Problem("EVIDENCE", r.case, f"claims {r.evidence}, the device gives {said.device.evidence}")
-        for problem in rules.of_the_verdict(r, bundle.book):
+        for problem in (*rules.of_the_verdict(r, bundle.book), *rules.of_the_culprit(r, failed)):
             yield Problem("VERDICT", r.case, problem)
 
 

@@ -34,7 +34,6 @@ MEANING = {
     "HANG": "no answer in time",
     "OOM": "the device ran out of memory",
     "ERROR": "the suite itself failed",
-    "NOT_RUN": "not run",
 }
 
 _ELEMENT = re.compile(r"at (\[[\d, ]*\]|flat index \d+):? (?:got )?(\S+?),? (?:expected|and) (\S+)")

@@ -7,13 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import hostile
 import pytest
+from bundles import read
 
-from glm5_hal.conformance.results import read
+from glm5_hal.conformance.bundle import files
+from glm5_hal.conformance.bundle.rerun import rerun
 
 #: In this order, so that few workers are used up.
 CASES = {
@@ -101,6 +104,13 @@ def test_an_overrun_says_whose_neighbour_was_hit(whole: Any) -> None:
 
 def test_what_needed_a_fresh_worker_was_not_blamed_on_its_neighbours(whole: Any) -> None:
     assert not [r["case"] for r in by_case(whole[1]).values() if r["remark"]]
+
+
+def test_a_recorded_crash_is_computed_again_and_ends_nothing_else(plugin: str, whole: Any) -> None:
+    bundle = files.read(whole[1])
+    some = [r for r in bundle.results if r.code == "SIGSEGV" or r.case.startswith("topk_indices")]
+    done = rerun(replace(bundle, results=tuple(some)), 9, seed=0, plugin=plugin)
+    assert (len(done.cases), done.problems) == (4, ())
 
 
 def _line(file: str, text: str) -> int:

@@ -18,7 +18,8 @@ import scripted
 
 from glm5_hal.conformance.aftermath import culprits
 from glm5_hal.conformance.cases import find
-from glm5_hal.conformance.pool import Plan, Pool, Task
+from glm5_hal.conformance.plan import Plan, Task
+from glm5_hal.conformance.pool import Pool
 from glm5_hal.conformance.results import Result
 from glm5_hal.errors import HalError
 
@@ -27,9 +28,9 @@ ONE, TWO, THREE = IDS[:3]
 A, B = "scripted:a", "scripted:b"
 
 
-def pooled(script: Mapping[str, Any], ids: list[str]) -> tuple[dict[str, Result], list[Result]]:
+def pooled(script: Mapping[str, Any], ids: list[str], **how: Any) -> tuple[dict[str, Result], list[Result]]:
     """What the pool says, and what is corrected afterwards."""
-    plan = Plan("scripted", json.dumps(script), timeout=20.0, memory=0.0)
+    plan = Plan("scripted", json.dumps(script), timeout=20.0, memory=0.0, **how)
     with Pool(plan, scripted.SERVE) as pool:
         policies = tuple(t.policy for t in pool.targets())
         results = list(pool.run([Task(case, policies) for case in find(ids)]))
@@ -170,7 +171,9 @@ def test_a_kernel_that_damages_its_process_and_passes_is_found_out() -> None:
     """TWO passes and spoils the heap; THREE is the first to allocate from it, and dies of it only after TWO."""
     found, corrected = pooled({f"{TWO} {A}": "spoil the heap", f"{THREE} {A}": "allocate"}, IDS[:4])
     assert {r.verdict for r in found.values()} == {"PASS"}
-    (culprit,) = corrected
+    culprit, victim = corrected
+    assert (victim.case, victim.verdict, victim.culprit) == (THREE, "PASS", f"{TWO} on {A}")
+    assert victim.remark == found[f"{THREE} {A}"].remark
     assert (culprit.case, culprit.backend) == (TWO, A)
     assert (culprit.verdict, culprit.code, culprit.ok) == ("CRASH", "AFTERMATH", False)
     assert culprit.detail == (
@@ -179,9 +182,10 @@ def test_a_kernel_that_damages_its_process_and_passes_is_found_out() -> None:
     )
 
 
-def test_what_is_known_to_be_wrong_is_not_suspected_again() -> None:
+def test_what_is_known_to_be_wrong_keeps_its_verdict_and_is_named() -> None:
     _, corrected = pooled({f"{TWO} {B}": "fail and spoil", f"{THREE} {A}": "allocate"}, IDS[:3])
-    assert corrected == []
+    (victim,) = corrected
+    assert (victim.case, victim.verdict, victim.culprit) == (THREE, "PASS", f"{TWO} on {B}")
 
 
 def test_who_has_done_nothing_is_not_convicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,8 +193,62 @@ def test_who_has_done_nothing_is_not_convicted(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("ABORTED_ONCE", str(tmp_path / "once"))
     found, corrected = pooled({f"{THREE} {A}": "abort once"}, IDS[:3])
     assert {r.verdict for r in found.values()} == {"PASS"}
-    assert found[f"{THREE} {A}"].remark
-    assert corrected == []
+    (victim,) = corrected
+    assert (victim.case, victim.verdict, victim.culprit) == (THREE, "PASS", "")
+    assert victim.remark == f"{found[f'{THREE} {A}'].remark}; none of the last 3 of these kernels does that again"
+
+
+def test_where_nobody_was_looked_for_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glm5_hal.conformance.aftermath.VICTIMS", 0)
+    _, corrected = pooled({f"{TWO} {A}": "spoil the heap", f"{THREE} {A}": "allocate"}, IDS[:3])
+    (victim,) = corrected
+    assert (victim.verdict, victim.culprit) == ("PASS", "")
+    assert victim.remark.endswith("who did that was not looked for: 0 incidents were looked into before")
+
+
+@pytest.mark.parametrize(
+    ("deed", "gave"),
+    [
+        ("exit afterwards", "CRASH (the process ended with status 3 and without an answer)"),
+        ("abort later", "CRASH (the process ended with SIGABRT)"),
+    ],
+)
+def test_a_kernel_whose_process_ends_when_it_has_passed_is_found_out(deed: str, gave: str) -> None:
+    """Between two cases, or, the other worker being busy, while there is nothing more to do."""
+    pause = dict.fromkeys((f"{ONE} {A}", f"{TWO} {A}", f"{TWO} {B}"), "pause")
+    found, corrected = pooled({f"{ONE} {B}": deed, **pause}, [ONE, TWO], workers=2)
+    assert {r.verdict for r in found.values()} == {"PASS"}
+    assert not any(r.remark for r in found.values())
+    (culprit,) = corrected
+    assert (culprit.case, culprit.backend, culprit.verdict, culprit.code) == (ONE, B, "CRASH", "AFTERMATH")
+    assert culprit.detail == f"its process is damaged: it gave {gave} afterwards, when no kernel was running"
+
+
+def test_a_death_after_the_last_case_is_seen() -> None:
+    plan = Plan("scripted", json.dumps({f"{ONE} {B}": "abort later"}), timeout=20.0, memory=0.0)
+    with Pool(plan, scripted.SERVE) as pool:
+        pool.targets()
+        for result in pool.run([Task(case, (A, B)) for case in find([ONE])]):
+            if result.backend == B:
+                time.sleep(1.5)
+    (incident,) = pool.incidents
+    assert (incident.case.id, incident.policy, incident.idle) == (ONE, B, True)
+    assert incident.remark == (
+        "its worker gave CRASH (the process ended with SIGABRT) when it and 1 other kernels had run there and none was "
+        "running"
+    )
+
+
+def test_a_death_between_two_cases_that_never_comes_again_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ABORTED_ONCE", str(tmp_path / "once"))
+    monkeypatch.setattr("glm5_hal.conformance.aftermath.WATCHED", 0.5)
+    pause = dict.fromkeys((f"{ONE} {A}", f"{TWO} {A}", f"{TWO} {B}"), "pause")
+    _, corrected = pooled({f"{ONE} {B}": "abort once, later", **pause}, [ONE, TWO], workers=2)
+    (last,) = corrected
+    assert (last.case, last.backend, last.verdict, last.culprit) == (ONE, B, "PASS", "")
+    assert last.remark.endswith("none was running; none of these kernels does that again")
 
 
 def test_a_death_between_cases_is_nobodys_verdict() -> None:
@@ -251,7 +309,8 @@ def test_nothing_that_a_kernel_started_outlives_its_worker(tmp_path: Path, monke
 RUNNER = """
 import sys, test_pool as t
 print(t.os.getpid(), flush=True)
-from glm5_hal.conformance.pool import Plan, Pool, Task
+from glm5_hal.conformance.plan import Plan, Task
+from glm5_hal.conformance.pool import Pool
 with Pool(Plan("scripted", sys.argv[1], memory=0.0), "scripted:serve") as pool:
     pool.targets()
     print("started", flush=True)

@@ -91,6 +91,17 @@ def test_a_broken_file_is_an_error_that_says_where(tmp_path: Path, header: Any, 
     assert what in raised.value.what
 
 
+def test_no_tensor_is_made_of_a_file_of_which_one_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    text = json.dumps({"x": good, "y": {**good, "data_offsets": [8, 99]}}).encode()
+    (tmp_path / "broken").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    made: list[object] = []
+    monkeypatch.setattr(torch, "frombuffer", lambda *a, **k: made.append(a))
+    with pytest.raises(HalError, match="y lies outside the file"):
+        tensorfile.read(tmp_path / "broken")
+    assert made == []
+
+
 @pytest.mark.parametrize("data", [b"", b"12345", struct.pack("<Q", 1 << 40) + b"{}"])
 def test_a_file_that_is_cut_short_is_an_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "short").write_bytes(data)

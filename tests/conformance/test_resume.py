@@ -9,16 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import hostile
 import pytest
+from bundles import TODAY, WAIVER, read, toml
 
+from glm5_hal.backend import Device
 from glm5_hal.conformance import journal
 from glm5_hal.conformance.identity import differences
-from glm5_hal.conformance.results import Result, from_record, read
+from glm5_hal.conformance.results import Result, from_record
+from glm5_hal.conformance.runner import Target
+from glm5_hal.conformance.session import Session, _Run
 from glm5_hal.errors import HalError
 
 IDENTITY = {"level": "smoke", "seed": 0, "versions": {"torch": "2.13.0"}}
@@ -146,6 +152,65 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
         journal.opened(tmp_path, IDENTITY, resume=True),
     ):
         pass
+
+
+def test_a_run_starts_once_however_often_it_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(["2030-01-01T00:00:00+00:00", "2030-01-02T00:00:00+00:00"])
+    monkeypatch.setattr(journal, "now", lambda: next(times))
+    written(tmp_path, RESULTS[:1])
+    with journal.opened(tmp_path, IDENTITY, resume=True) as again:
+        assert again.started == "2030-01-01T00:00:00+00:00"
+
+
+# --- waivers ---------------------------------------------------------------------------------------------------------
+
+FAILED = replace(RESULT, case="rms_norm[bfloat16-tokens]", verdict="FAIL", code="accuracy", detail="off")
+FACTS = Device("npu", "stand-in", "x", versions={"driver": "2.0"})
+
+
+def kept(folder: Path, results: Iterator[Result], waiver: dict[str, Any], **more: Any) -> list[Result]:
+    """A run that writes no bundle, of what is not yet in the journal."""
+    shipped = ("waivers.toml", toml({**waiver, "kernels": ["*"]}))
+    run = _Run(Session("b", folder, replays=(folder,)), [Target("b", "n", "npu", FACTS)], shipped)
+    with journal.opened(folder, IDENTITY, resume=True) as begun:
+        left = (r for r in results if (r.case, r.backend) not in begun.results)
+        return run.kept(begun, [(FAILED.case, FAILED.backend)], left, **more).results
+
+
+def interrupted(*results: Result) -> Iterator[Result]:
+    yield from results
+    raise KeyboardInterrupt
+
+
+def test_a_waiver_that_expires_while_a_run_is_interrupted_excuses_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path, interrupted(FAILED), WAIVER)
+    assert [r["verdict"] for r in read(tmp_path / "results.partial.jsonl")] == ["FAIL"], "as it was"
+    expired = {**WAIVER, "since": TODAY - timedelta(60), "expires": TODAY - timedelta(1)}
+    assert kept(tmp_path, iter([FAILED]), expired) == [FAILED]
+
+
+def test_a_complete_run_that_is_gone_on_with_is_held_against_its_waivers_anew(tmp_path: Path) -> None:
+    (excused,) = kept(tmp_path, iter([FAILED]), WAIVER)
+    assert (excused.verdict, excused.waiver) == ("XFAIL", "norm-scale")
+    assert kept(tmp_path, iter([FAILED]), WAIVER) == [excused]
+    expired = {**WAIVER, "since": TODAY - timedelta(60), "expires": TODAY - timedelta(1)}
+    assert kept(tmp_path, iter([FAILED]), expired) == [FAILED]
+    kept(tmp_path / "other", iter([FAILED]), WAIVER)
+    with pytest.raises(HalError, match="waiver 'norm-scale', which is gone"):
+        kept(tmp_path / "other", iter([FAILED]), {**WAIVER, "id": "another"})
+
+
+def test_a_crash_that_is_found_afterwards_is_under_no_waiver_of_the_failure_that_it_replaces(tmp_path: Path) -> None:
+    crash = replace(FAILED, verdict="CRASH", code="AFTERMATH")
+    partial, seen = tmp_path / "results.partial.jsonl", []
+
+    def corrections() -> Iterator[Result]:
+        seen.extend(from_record(r) for r in read(partial))
+        yield crash
+
+    assert kept(tmp_path, iter([FAILED]), WAIVER, corrections=corrections) == [crash]
+    assert seen == [FAILED]
 
 
 # --- runners that are killed -----------------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import fields, replace
 from datetime import date, datetime, timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import TODAY, WAIVER, toml
+from bundles import TODAY, WAIVED, WAIVER, toml
 
 from glm5_hal import context
 from glm5_hal.conformance import waivers
@@ -204,7 +206,7 @@ def test_the_docs_example_is_right() -> None:
 
 
 def test_a_backend_ships_its_own() -> None:
-    mine = waivers.load("cpu", "a CPU", {"torch": "2.9"})
+    mine = waivers.book(waivers.shipped("cpu"), "a CPU", {"torch": "2.9"})
     assert (mine.waivers, mine.device) == ((), "a CPU")
     assert mine.text == (ROOT / "backends/cpu/waivers.toml").read_text(encoding="utf-8")
 
@@ -217,13 +219,43 @@ def test_a_plugins_file_lies_beside_its_module(tmp_path: Path, monkeypatch: pyte
     (package / "__init__.py").touch()
     (package / "waivers.toml").write_text(toml(WAIVER), encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
+    import_module("glm5_hal_other")  # as a backend's is where it is judged
     with installed() as catalogue:
         record = next(r for r in catalogue.records if r.name == "standin")
         for value in ("glm5_hal_other", "glm5_hal_other:plugin"):
             context._process.catalogue = type(catalogue)((replace(record, value=value),))
-            assert [w.id for w in waivers.load("standin", "x", {}).waivers] == ["norm-scale"]
+            file, text = waivers.shipped("standin")
+            assert (file, text) == (str(package / "waivers.toml"), toml(WAIVER))
+            assert [w.id for w in waivers.book((file, text), "x", {}).waivers] == ["norm-scale"]
         context._process.catalogue = type(catalogue)((replace(record, value="nowhere.at.all"),))
-        assert waivers.load("standin", "x", {}).waivers == ()
+        assert waivers.shipped("standin") == ("", "")
+        assert waivers.book(("", ""), "x", {}).waivers == ()
+
+
+PARENT = """
+import os
+with open({diary!r}, "a") as diary:
+    diary.write(f"{{os.getpid()}}\\n")
+"""
+
+
+def test_nothing_of_a_backend_is_imported_where_the_run_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its module nor the package that it lies in: whatever that does, it does to a worker."""
+    from glm5_hal.conformance.session import Session, run
+
+    package, diary = tmp_path / "acme_parent", tmp_path / "diary"
+    package.mkdir()
+    (package / "__init__.py").write_text(PARENT.format(diary=str(diary)), encoding="utf-8")
+    (package / "plugin.py").write_text("from bundles import glm5_backend\n", encoding="utf-8")
+    (package / "waivers.toml").write_text(toml(WAIVER), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    done = run(Session("", tmp_path / "out", "acme_parent.plugin", cases=(WAIVED,)))
+    assert [(r.verdict, r.waiver) for r in done.results] == [("XFAIL", "norm-scale")]
+    pids = diary.read_text(encoding="ascii").split()
+    assert pids
+    assert str(os.getpid()) not in pids
 
 
 # --- in pytest -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""A small bundle of everything: passes, failures, a waived one, bad inputs, UNSUPPORTED; and an attacker's tools."""
+"""A small bundle of everything: passes, failures, a waived one, bad inputs, UNSUPPORTED; and an attacker's tools.
+
+As a module it is the plugin, too, whose backend the bundle judges.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 
+from glm5_hal import Backend, Kernel, hookimpl
 from glm5_hal.backend import Device
 from glm5_hal.conformance import runner
 from glm5_hal.conformance.bundle import files, fingerprint
@@ -82,6 +86,13 @@ def backend() -> Iterator[None]:
         yield
 
 
+@hookimpl
+def glm5_backend() -> Backend:
+    return Backend(
+        NAME, "cpu", probe, lambda: [Kernel(k.op, k.provider, k.fn, k.requires, k.provides) for k in KERNELS]
+    )
+
+
 def committed() -> Suite:
     """This suite, as if it were committed: a test may run before a commit."""
     return replace(fingerprint.suite(), clean=True)
@@ -98,7 +109,7 @@ def write(folder: Path, cases: tuple[str, ...] = CASES, waivers: str | None = No
         folder.mkdir(parents=True, exist_ok=True)
         put(folder, [json.loads(r.as_json()) for r in results])
         selection = Selection("smoke", ("*",), cases, tuple(t.policy for t in judged), seed)
-        files.write(folder, results, selection, cases, judged, book, manifests.now())
+        files.write(folder, results, selection, cases, judged, book, (manifests.now(), manifests.now()))
     return folder
 
 
@@ -112,8 +123,13 @@ def rates() -> Limits:
 Record = dict[str, Any]
 
 
+def read(path: Path) -> list[Record]:
+    """The records of a results.jsonl, or of a part of one."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def records(folder: Path) -> list[Record]:
-    return [json.loads(line) for line in (folder / files.RESULTS).read_text(encoding="utf-8").splitlines()]
+    return read(folder / files.RESULTS)
 
 
 def put(folder: Path, found: list[Record]) -> None:

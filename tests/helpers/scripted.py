@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from glm5_hal.backend import Device
+from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.wire import Channel, frame
 from glm5_hal.plugins.child import encoded
 
@@ -37,6 +38,7 @@ def serve(fd: int, job: dict[str, Any]) -> None:
         DEEDS[script["start"]](stage)
     facts = encoded(Device("cpu", "nothing", "none", evidence="simulated"))
     hello = {"hello": 1, "backend": "scripted", "providers": ["a", "b"], "device": "cpu", "facts": facts}
+    hello |= {"threads": 1, "waivers": ("", "")}
     stage.channel.send({**hello, "identity": {"device": job["device"] if script.get("differ") else ""}})
     while (order := stage.channel.receive()) is not None:
         if order["case"] in script:
@@ -48,9 +50,10 @@ def serve(fd: int, job: dict[str, Any]) -> None:
             if stage.poisoned:
                 said = {"verdict": "FAIL", "code": "KERNEL", "detail": "device lost"}
             stage.judged += 1
-            result = {"case": order["case"], "op": "x", "backend": policy, "kernel": policy, "verdict": "PASS"}
-            result |= {"evidence": "simulated", "device": "nothing", "dtype": "float32", "level": "smoke"}
-            result |= {"seed": order["seed"], "repro": "", "detail": f"by {os.getpid()}", **said}
+            passed = Result(
+                order["case"], "x", policy, policy, "PASS", "simulated", "nothing", "float32", "smoke", 0, ""
+            )
+            result = json.loads(passed.as_json()) | {"detail": f"by {os.getpid()}", **said}
             stage.channel.send({"result": result, "sound": not stage.poisoned and result["verdict"] != "OOM"})
             if stage.poisoned:
                 break
@@ -70,6 +73,18 @@ def segv(stage: Stage) -> None:
 
 def later(stage: Stage) -> None:
     threading.Timer(0.3, os.abort).start()
+
+
+def exit_afterwards(stage: Stage) -> None:
+    """The answer is sent, and that it was the last one is not."""
+    send = stage.channel.send
+
+    def last(message: Any) -> None:
+        send(message)
+        if "result" in message:
+            os._exit(3)
+
+    stage.channel.send = last  # type: ignore[method-assign]
 
 
 def starve(stage: Stage) -> None:
@@ -143,6 +158,11 @@ def abort_once(stage: Stage) -> None:
         os.abort()
 
 
+def abort_once_later(stage: Stage) -> None:
+    if not Path(os.environ["ABORTED_ONCE"]).exists():
+        threading.Timer(0.3, abort_once, [stage]).start()
+
+
 DEEDS: dict[str, Callable[[Stage], Any]] = {
     "pass": lambda stage: None,
     "fail": lambda stage: {"verdict": "FAIL", "code": "accuracy", "detail": "wrong"},
@@ -152,6 +172,7 @@ DEEDS: dict[str, Callable[[Stage], Any]] = {
     "segv": segv,
     "abort later": later,
     "abort": lambda stage: os.abort(),
+    "exit afterwards": exit_afterwards,
     "exit 0": lambda stage: os._exit(0),
     "starve": starve,
     "kill itself": lambda stage: os.kill(os.getpid(), signal.SIGKILL),
@@ -175,6 +196,7 @@ DEEDS: dict[str, Callable[[Stage], Any]] = {
     "fail and spoil": lambda stage: spoil(stage) or {"verdict": "FAIL", "code": "accuracy"},
     "allocate": allocate,
     "abort once": abort_once,
+    "abort once, later": abort_once_later,
     "pause": lambda stage: time.sleep(1.0),
     "exit 0 once": exit_once,
     "leave children and hang": leave_and_hang,

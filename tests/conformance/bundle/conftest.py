@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 
 import bundles
 import pytest
 
-from glm5_hal.conformance.bundle import manifest, verify
+from glm5_hal.conformance.bundle import manifest, rerun, verify
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +25,14 @@ def bundle(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     """A copy, for a suite that is committed."""
     monkeypatch.setattr(verify, "suite", bundles.committed)
     return Path(shutil.copytree(pristine, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def _computed() -> object:
+    return functools.cache(rerun.computed)
+
+
+@pytest.fixture
+def computed_once(_computed: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What workers gave for the same plan and cases before, they are not started for again: that is slow."""
+    monkeypatch.setattr(rerun, "computed", _computed)

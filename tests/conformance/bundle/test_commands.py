@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import bundles
 import pytest
+import torch
 from bundles import FAILS, PASSES, result
 
 from glm5_hal import cli
-from glm5_hal.conformance import report
+from glm5_hal.conformance import folder
 from glm5_hal.conformance.bundle import files, manifest, verify
 
 Run = Callable[..., tuple[Any, str]]
@@ -40,13 +42,25 @@ def test_a_run_writes_a_bundle_that_verifies(run: Run, tmp_path: Path, monkeypat
         monkeypatch.setattr(module, "suite", bundles.committed)
     code, said = run("run", "--backend", "cpu:torch", "--case", PASSES, "--out", tmp_path / "out")
     assert (code, "report.html" in said) == (0, True)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {*files.NAMES, report.RUN}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {*files.NAMES, folder.RUN}
     limits = files.read(tmp_path / "out").manifest.limits
     assert limits.bytes_per_second > 0
     assert limits.flops_per_second.keys() == {"float32"}
     code, said = run("verify", tmp_path / "out", "--rerun", 5)
     assert (code, "consistent" in said, "not signed" in said) == (0, True, True)
     assert "Computed 1 cases again" in said
+
+
+def test_the_manifest_says_how_many_threads_the_kernels_had(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)  # which two workers share
+    threads = torch.get_num_threads()
+    try:
+        code, _ = run("run", "--case", "rms_norm[float32-glm5-kv_lora]", "--workers", 2, "--out", tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert (code, files.read(tmp_path).manifest.host.threads) == (0, 3)
 
 
 def test_verify_exits_4_and_names_what_is_wrong(run: Run, bundle: Path) -> None:
@@ -66,8 +80,7 @@ def test_verify_computes_cases_again_and_says_which_choice_it_was(run: Run, bund
     result(PASSES, lambda r: r["errors"].update({"y.row": 1e-12}))(bundle)
     bundles.reseal(bundle)
     assert run("verify", bundle)[0] == 0
-    with bundles.backend():
-        code, said = run("verify", bundle, "--rerun", 100, "--seed", 3, "--json")
+    code, said = run("verify", bundle, "--rerun", 100, "--seed", 3, "--plugin", "bundles", "--json")
     found = json.loads(said)
     assert (code, found["rerun"]["seed"], len(found["rerun"]["cases"])) == (4, 3, 7)
     assert {(p["code"], p["where"]) for p in found["problems"]} == {("RERUN", PASSES)}

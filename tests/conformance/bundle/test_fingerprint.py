@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from glm5_hal.conformance import identity
 from glm5_hal.conformance.bundle import fingerprint
-from glm5_hal.conformance.bundle.fingerprint import combined, essence, spec_hashes, suite
+from glm5_hal.conformance.bundle.fingerprint import combined, essence, files_of, hashed, spec_hashes, suite
 from glm5_hal.ops import names
 
 SOURCE = '''"""Module."""
@@ -63,6 +64,36 @@ def test_the_suite_knows_its_version_and_code() -> None:
     assert len(mine.code) == 64
     assert mine.origin in ("git", "wheel")
     assert (len(mine.commit) == 40) == (mine.origin == "git")
+
+
+def test_a_package_changes_with_its_files_and_not_with_an_editors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "acme_hashed"
+    (package / "deep").mkdir(parents=True)
+    for name in ("__init__.py", "deep/a.py"):
+        (package / name).write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def code() -> str:
+        return hashed(files_of("acme_hashed"))
+
+    before = code()
+    for name in (".a.py.swp", "deep/.#a.py", "__pycache__/a.pyc"):
+        (package / name).parent.mkdir(exist_ok=True)
+        (package / name).write_text("mine")
+    assert code() == before
+    (package / "deep/a.py").rename(package / "a.py")
+    assert code() != before, "where a file lies counts"
+    (package / "a.py").rename(package / "deep/a.py")
+    assert code() == before
+    (package / "deep/a.py").write_text("x = 2\n")
+    assert code() != before
+    assert files_of("acme_hashed.nowhere") == {}
+
+
+def test_a_run_is_resumed_by_the_suite_that_its_manifest_will_name() -> None:
+    assert identity.of_run({}, ["a:b"], "smoke", 0, [])["suite"] == suite().code
 
 
 # A checkout, small

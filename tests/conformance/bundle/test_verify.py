@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,8 +23,7 @@ Alter = Callable[[Path], Any]
 def found(folder: Path, *, again: bool = False) -> list[Problem]:
     problems, bundle = verify(folder)
     if again and bundle is not None:
-        with bundles.backend():
-            problems += rerun(bundle, 100, seed=0).problems
+        problems += rerun(bundle, 100, 0, plugin="bundles").problems
     return problems
 
 
@@ -31,6 +31,7 @@ def named(problems: list[Problem]) -> set[tuple[str, str]]:
     return {(p.code, p.where) for p in problems}
 
 
+@pytest.mark.usefixtures("computed_once")
 def test_a_bundle_as_it_was_written_holds_together_and_computes_the_same_again(bundle: Path) -> None:
     verdicts = {r["case"]: r["verdict"] for r in bundles.records(bundle)}
     assert [verdicts[c] for c in (PASSES, FAILS, WAIVED, UNSUPPORTED, BAD)] == [
@@ -39,15 +40,22 @@ def test_a_bundle_as_it_was_written_holds_together_and_computes_the_same_again(b
     assert found(bundle, again=True) == []
 
 
+@pytest.mark.usefixtures("computed_once")
 def test_a_rerun_compares_numbers_where_the_device_is_the_same_and_says_where_not(bundle: Path) -> None:
     read = files.read(bundle)
-    with bundles.backend():
-        assert rerun(read, 2, seed=1).unlike == ""
-        other = replace(read.manifest, device=replace(read.manifest.device, name="another"))
-        assert rerun(replace(read, manifest=other), 2, seed=1).unlike == "name stand-in here, another there"
-        assert len(rerun(read, 2, seed=1).cases) == 2
-        assert rerun(read, 3, seed=1).cases == rerun(read, 3, seed=1).cases
-        assert len({rerun(read, 3, seed=n).cases for n in range(5)}) > 1
+    plugin = "bundles"
+    assert rerun(read, 2, 1, plugin=plugin).unlike == ""
+    other = replace(read.manifest, device=replace(read.manifest.device, name="another"))
+    assert rerun(replace(read, manifest=other), 2, 1, plugin=plugin).unlike == "name stand-in here, another there"
+    assert len(rerun(read, 2, 1, plugin=plugin).cases) == 2
+    assert rerun(read, 3, 1, plugin=plugin).cases == rerun(read, 3, 1, plugin=plugin).cases
+    assert len({rerun(read, 3, n, plugin=plugin).cases for n in range(3)}) > 1
+
+
+def test_what_passes_by_itself_and_damages_others_is_not_computed_again(bundle: Path) -> None:
+    read = files.read(bundle)
+    culprits = tuple(replace(r, verdict="CRASH", code="AFTERMATH") for r in read.results)
+    assert rerun(replace(read, results=culprits), 5, seed=0, plugin="bundles").cases == ()
 
 
 # --- altered in more than twenty ways --------------------------------------------------------------------------------
@@ -164,6 +172,21 @@ ALTERED: dict[str, tuple[Alter, str, str, str]] = {
     "a bad input was not refused": (
         result(BAD, lambda r: r["checks"].update(errors="failed: accepted")), RESULTS, "VERDICT", BAD,
     ),
+    "damage is put down to a case that passed": (
+        result(PASSES, lambda r: r.update(remark="it gave CRASH", culprit=f"{BAD} on {bundles.TARGET}")),
+        RESULTS, "VERDICT", PASSES,
+    ),
+    "a check that always applies does not": (
+        result(PASSES, lambda r: r["checks"].update(rerun="n/a: x")), RESULTS, "VERDICT", PASSES,
+    ),
+    "a bad input was not judged": (
+        result(BAD, lambda r: r["checks"].update(errors="n/a: x")), RESULTS, "VERDICT", BAD,
+    ),
+    "a claim is made up": (
+        result(PASSES, lambda r: r.update(claims=["sorted_indices"])), RESULTS, "RECORD", PASSES,
+    ),
+    "the inputs are no digest": (result(PASSES, lambda r: r.update(inputs="mine")), RESULTS, "VERDICT", PASSES),
+    "the inputs are none": (result(FAILS, lambda r: r.update(inputs="")), RESULTS, "VERDICT", FAILS),
     "a case is taken out": (without(FAILS), RESULTS, "CASES", FAILS),
     "a case is there twice": (with_copy(PASSES), RESULTS, "CASES", PASSES),
     "a case is made up": (with_copy(PASSES, case=EASY), RESULTS, "CASES", EASY),
@@ -213,6 +236,7 @@ def test_an_altered_bundle_is_found_out_by_its_sums(bundle: Path, name: str) -> 
     assert ("EDITED", touched) in named(found(bundle))
 
 
+@pytest.mark.usefixtures("computed_once")
 @pytest.mark.parametrize("name", ALTERED)
 def test_an_altered_bundle_is_found_out_with_all_sums_and_reports_made_anew(bundle: Path, name: str) -> None:
     alter, _, code, where = ALTERED[name]
@@ -240,6 +264,16 @@ SUMMED: dict[str, tuple[Alter, str, str]] = {
     "a field is unknown": (result(PASSES, lambda r: r.update(note="fine")), "MALFORMED", RESULTS),
     "a verdict is unknown": (result(PASSES, lambda r: r.update(verdict="GOOD")), "MALFORMED", RESULTS),
     "a number is none": (result(PASSES, lambda r: r["errors"].update({"y.row": "tiny"})), "MALFORMED", RESULTS),
+    "a number is no number": (result(PASSES, lambda r: r.update(seconds=True)), "MALFORMED", RESULTS),
+    "a field is missing": (result(PASSES, lambda r: r.pop("remark")), "MALFORMED", RESULTS),
+    "the start is a number": (manifest(lambda m: m.update(started=5)), "MALFORMED", MANIFEST),
+    "the start is no time": (manifest(lambda m: m.update(started="today")), "MALFORMED", MANIFEST),
+    "the end is nowhere's time": (manifest(lambda m: m.update(ended="2030-01-01T00:00:00")), "MALFORMED", MANIFEST),
+    "the specs are a list": (manifest(lambda m: m.update(specs=[])), "MALFORMED", MANIFEST),
+    "the evidence is unknown": (manifest(lambda m: m["device"].update(evidence="hearsay")), "MALFORMED", MANIFEST),
+    "an op is a number": (manifest(lambda m: m["selection"].update(ops=[1])), "MALFORMED", MANIFEST),
+    "a waiver is a text": (manifest(lambda m: m.update(waivers=["norm-scale"])), "MALFORMED", MANIFEST),
+    "no thread computed": (manifest(lambda m: m["host"].update(threads=0)), "MALFORMED", MANIFEST),
     "the manifest lacks a part": (manifest(lambda m: m.pop("device")), "MALFORMED", MANIFEST),
     "the manifest is no JSON": (text(MANIFEST, "{", "["), "MALFORMED", MANIFEST),
     "a waiver breaks a rule": (text("waivers.toml", "expires", "until"), "MALFORMED", "waivers.toml"),
@@ -252,6 +286,44 @@ def test_what_does_not_add_up_is_found_with_the_sums_made_anew(bundle: Path, nam
     alter(bundle)
     files.seal(bundle)
     assert (code, where) in named(found(bundle))
+
+
+JUNK: tuple[Any, ...] = (None, True, -1, 10**400, 1e300, "\0", [], [[1]], {}, {"a": None})
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something may be put in a manifest or a result."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+def put_at(value: Any, path: tuple[Any, ...], junk: Any) -> None:
+    for key in path[:-1]:
+        value = value[key]
+    value[path[-1]] = junk
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=lambda junk: repr(junk)[:10])
+def test_nothing_in_a_manifest_ends_in_a_traceback(bundle: Path, junk: Any) -> None:
+    whole = (bundle / MANIFEST).read_bytes()
+    for path in places(json.loads(whole)):
+        if path[0] == "specs" and path[1:] not in ((), ("rope",)):
+            continue  # they are all alike
+        (bundle / MANIFEST).write_bytes(whole)
+        manifest(lambda m, path=path: put_at(m, path, junk))(bundle)
+        problems, _ = verify(bundle)
+        assert problems, path
+
+
+@pytest.mark.parametrize("junk", JUNK, ids=lambda junk: repr(junk)[:10])
+def test_nothing_in_a_result_ends_in_a_traceback(bundle: Path, junk: Any) -> None:
+    whole = (bundle / RESULTS).read_bytes()
+    for path in places(next(r for r in bundles.records(bundle) if r["case"] == FAILS)):
+        (bundle / RESULTS).write_bytes(whole)
+        result(FAILS, lambda r, path=path: put_at(r, path, junk))(bundle)
+        problems, _ = verify(bundle)
+        assert problems, path
 
 
 @pytest.mark.parametrize("name", files.NAMES)
