@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from glm5_hal import context, ops
-from glm5_hal.conformance import runner
 from glm5_hal.conformance.cases import Case, cases
 from glm5_hal.conformance.inputs import Draw
-from glm5_hal.conformance.runner import Target
+from glm5_hal.conformance.target import Target, targets
 from glm5_hal.conformance.trial import waiting
 from glm5_hal.errors import HalError
 from glm5_hal.ops._common.costs import cost_of
@@ -64,7 +63,7 @@ def measure(
     backend: str, only: Sequence[str], level: str, dtype: str, seconds: float, *, progress: bool = False
 ) -> Bench:
     """Time every case of a level in one dtype. Raises HalError as `conformance run` does."""
-    judged = [t for t in runner.targets(backend) if t.provider != "reference" or ":" in backend]
+    judged = [t for t in targets(backend) if t.provider != "reference" or ":" in backend]
     chosen = [c for c in cases(level, only) if c.bad is None and c.dtype == dtype and c.sample.level == level]
     if not chosen:
         raise HalError(

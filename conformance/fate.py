@@ -9,7 +9,7 @@ from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.plan import Incident, Task
 from glm5_hal.conformance.process import Ending, place
 from glm5_hal.conformance.results import Result
-from glm5_hal.conformance.runner import Target, fields_of
+from glm5_hal.conformance.target import Target, fields_of
 
 
 def verdict(ending: Ending, seconds: float) -> tuple[str, str, str]:

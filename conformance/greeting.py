@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glm5_hal.backend import Device
-from glm5_hal.conformance.runner import Target
+from glm5_hal.conformance.target import Target
 from glm5_hal.conformance.waivers import shipped
 from glm5_hal.plugins.child import decoded, encoded
 

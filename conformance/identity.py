@@ -11,7 +11,7 @@ from typing import Any
 from glm5_hal import context
 from glm5_hal.conformance.bundle.fingerprint import files_of, hashed, suite
 from glm5_hal.conformance.cases import Case
-from glm5_hal.conformance.runner import Target
+from glm5_hal.conformance.target import Target
 
 #: Distributions on which a verdict may depend.
 VERSIONS = ("glm5-hal", "torch", "numpy", "triton", "onnxruntime")

@@ -21,7 +21,7 @@ from glm5_hal.conformance.greeting import Greeting, heard
 from glm5_hal.conformance.plan import START, STARTS, Incident, Plan, Task
 from glm5_hal.conformance.process import SERVE, Ending, Process, place
 from glm5_hal.conformance.results import Result, from_record
-from glm5_hal.conformance.runner import Target
+from glm5_hal.conformance.target import Target
 from glm5_hal.errors import HalError
 
 
@@ -66,7 +66,7 @@ class Pool:
         self._selector.close()
 
     def greeted(self) -> Greeting:
-        """What the first worker says of itself. Raises HalError as `runner.targets` does."""
+        """What the first worker says of itself. Raises HalError as `targets` does."""
         while self.greeting is None:
             for _ in self._turn():
                 pass

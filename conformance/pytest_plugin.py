@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from glm5_hal.conformance.cases import Case
     from glm5_hal.conformance.results import Result
-    from glm5_hal.conformance.runner import Target
+    from glm5_hal.conformance.target import Target, targets
     from glm5_hal.conformance.waivers import Book
 
 
@@ -58,12 +58,12 @@ class HalCase:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "hal_case" not in metafunc.fixturenames:
         return
-    from glm5_hal.conformance import cases, runner, waivers
+    from glm5_hal.conformance import cases, waivers
     from glm5_hal.errors import HalError
 
     option = metafunc.config.getoption
     try:
-        judged = runner.targets(option("--hal-backend"), option("--hal-device"))
+        judged = targets(option("--hal-backend"), option("--hal-device"))
         facts = judged[0].facts
         book = waivers.book(waivers.shipped(judged[0].backend), facts.name, facts.versions)
         found = list(cases.cases(option("--hal-level"), option("--hal-op") or ("*",)))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from glm5_hal.conformance.results import Result
+from glm5_hal.conformance.results import Result, lacks
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,12 +21,16 @@ def table(results: Sequence[Result]) -> RenderableType:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    shown = Table(box=SIMPLE, header_style="bold", pad_edge=False)
+    shown = Table(box=SIMPLE, header_style="bold", pad_edge=False, collapse_padding=True)
     for column in ("op", "kernel"):
         shown.add_column(column, no_wrap=True)
     for column in ("pass", "fail", "unsup", "other", "budget", "s"):
         shown.add_column(column, justify="right", no_wrap=True)
+    missing = Counter[str]()
     for (op, target), group in _grouped(results).items():
+        if lacks(group):
+            missing[target] += 1
+            continue
         count = Counter(r.verdict for r in group)
         kernels = ", ".join(dict.fromkeys(r.kernel for r in group if r.kernel)) or target
         failed = count["FAIL"]
@@ -41,6 +45,7 @@ def table(results: Sequence[Result]) -> RenderableType:
             _worst(group),
             f"{sum(r.seconds for r in group):.1f}",
         )
+    shown.caption = "\n".join(f"{target} has no kernel of {n} ops: UNSUPPORTED there" for target, n in missing.items())
     return shown
 
 

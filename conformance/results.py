@@ -122,6 +122,11 @@ def succeeded(results: Sequence[Result]) -> bool:
     return all(r.ok for r in results) and any(r.verdict == "PASS" for r in results)
 
 
+def lacks(results: Sequence[Result]) -> bool:
+    """Whether these results, of one op on one target, say no more than that the target has no kernel of it."""
+    return all(r.code == "NOT_IMPLEMENTED" for r in results)
+
+
 def summary(results: Sequence[Result]) -> dict[str, Any]:
     """Verdict counts, whole and by op, and what failed: what `--json` prints."""
     ops: dict[str, Counter[str]] = {}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from glm5_hal.conformance.cases import Case
     from glm5_hal.conformance.journal import Journal, Key
     from glm5_hal.conformance.results import Result
-    from glm5_hal.conformance.runner import Target
+    from glm5_hal.conformance.target import Target, targets
     from glm5_hal.conformance.waivers import Book
 
 
@@ -71,7 +71,7 @@ def run(wanted: Session) -> Done:
     """Judge every case that has no result yet, and write the bundle.
 
     Raises:
-        HalError: as `runner.targets`, `waivers.load` and `journal.opened` do.
+        HalError: as `targets`, `waivers.load` and `journal.opened` do.
     """
     return _in_process(wanted) if wanted.in_process else _in_workers(wanted)
 
@@ -114,7 +114,7 @@ def _in_process(wanted: Session) -> Done:
     if len(wanted.devices) > 1 or wanted.workers > 1:
         what = "one process uses one device"
         raise HalError("CONFIG", what, value=wanted.devices, fix="leave out --in-process, or the other devices")
-    judged = runner.targets(wanted.backend, wanted.devices[0], wanted.plugin)
+    judged = targets(wanted.backend, wanted.devices[0], wanted.plugin)
     if wanted.tiny:
         torch.set_num_threads(1)
     run = _Run(wanted, judged, waivers.shipped(judged[0].backend))

@@ -24,8 +24,8 @@ from glm5_hal.conformance import drawing, identity, replay, runner
 from glm5_hal.conformance.cases import Case, cases
 from glm5_hal.conformance.greeting import said
 from glm5_hal.conformance.results import Result
-from glm5_hal.conformance.runner import Target
 from glm5_hal.conformance.subject import prepared
+from glm5_hal.conformance.target import Target, fields_of, targets
 from glm5_hal.conformance.wire import Channel
 from glm5_hal.errors import HalError
 
@@ -39,7 +39,7 @@ def serve(channel_fd: int, job: dict[str, Any]) -> None:
     with suppress(OSError):  # of all processes, the machine may best lose this one
         Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
     try:
-        judged = runner.targets(job["backend"], job["device"], job["plugin"])
+        judged = targets(job["backend"], job["device"], job["plugin"])
     except HalError as no:
         channel.send({"refused": {"code": no.code, "what": no.what, "value": str(no.value), "fix": no.fix}})
         return
@@ -80,7 +80,7 @@ def _judged(subject: Any, case: Case, target: Target, seed: int, outputs: _Outpu
     try:
         result = runner.run_case(subject, case, target, seed)
     except KeyboardInterrupt:  # a worker hears no terminal: the kernel raised it
-        fields = runner.fields_of(case, target, seed)
+        fields = fields_of(case, target, seed)
         result = Result(**fields, verdict="FAIL", code="RAISED", detail="KeyboardInterrupt")
     damage = outputs.damage()
     return replace(result, verdict="CRASH", code="STDOUT", detail=damage) if damage else result

@@ -24,7 +24,7 @@ from glm5_hal.conformance.waivers import Book, parse
 from glm5_hal.errors import HalError
 
 if TYPE_CHECKING:
-    from glm5_hal.conformance.runner import Target
+    from glm5_hal.conformance.target import Target
 
 RESULTS, MANIFEST, SUMS = "results.jsonl", "manifest.json", "SHA256SUMS"
 

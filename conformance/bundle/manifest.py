@@ -17,7 +17,7 @@ from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.waivers import Book, Tally
 
 if TYPE_CHECKING:
-    from glm5_hal.conformance.runner import Target
+    from glm5_hal.conformance.target import Target
 
 SCHEMA = 1
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from glm5_hal.conformance.bundle import plots
 from glm5_hal.conformance.bundle.manifest import Manifest
 from glm5_hal.conformance.profiles import Claim
-from glm5_hal.conformance.results import VERDICTS, Result, succeeded
+from glm5_hal.conformance.results import VERDICTS, Result, lacks, succeeded
 from glm5_hal.conformance.waivers import Book, Tally, Waiver, counted
 
 #: What a kind of evidence says about the chip.
@@ -152,6 +152,8 @@ def _rows(manifest: Manifest, results: Sequence[Result], scale: plots.Scale) -> 
         groups.setdefault((r.op, r.backend), []).append((index, r))
     rows = []
     for (op, target), group in sorted(groups.items()):
+        if lacks([r for _, r in group]):  # told among what is unsupported
+            continue
         dots, height = plots.error_dots(group, scale)
         worst = max((r.worst for _, r in group if r.worst[0] is not None), default=(None, ""), key=_ratio)
         shares = sorted(

@@ -21,6 +21,7 @@ from glm5_hal.conformance.cases import Case, cases
 from glm5_hal.conformance.checks import CHECKS
 from glm5_hal.conformance.results import Result
 from glm5_hal.conformance.subject import Subject, prepared
+from glm5_hal.conformance.target import targets
 from glm5_hal.errors import HalError
 from glm5_hal.plugins import PluginRecord
 
@@ -105,7 +106,7 @@ def results(
 
 def judged(case: Case, seed: int, checks: Sequence[str] | None = None) -> Result:
     """What the suite, or only these checks, say of the installed kernel in one case."""
-    (target,) = runner.targets(NAME)
+    (target,) = targets(NAME)
     chosen = CHECKS if checks is None else {name: CHECKS[name] for name in checks}
     return runner.run_case(_prepared(case, seed), case, target, seed, checks=chosen)
 

@@ -73,20 +73,27 @@ def _spelled(value: float) -> float | str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """ "worst" and "median" are a call's largest error as a share of its budget; "in" is where it is."""
+    from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table("op", "kernel", header_style="bold")
+    shown = Table(box=SIMPLE, header_style="bold", pad_edge=False, collapse_padding=True)
+    for column in ("op", "kernel"):
+        shown.add_column(column, no_wrap=True)
     for column in ("judged", "failed", "worst", "median", "skipped"):
-        shown.add_column(column, justify="right")
+        shown.add_column(column, justify="right", no_wrap=True)
     shown.add_column("in")
     for row in rows:
         failed = Text(str(row["failed"]), "red" if row["failed"] else "")
-        shares = [f"{_number(row[k]):.0%}" for k in ("worst", "median")]
+        shares = [_share(_number(row[k])) for k in ("worst", "median")]
         shown.add_row(
             row["op"], row["kernel"], str(row["judged"]), failed, *shares, str(row["skipped"]), row["criterion"]
         )
     return shown
+
+
+def _share(of_budget: float) -> str:
+    return f"{of_budget:.0%}" if of_budget < 10 else f"{of_budget:.0f}x" if of_budget < 1e4 else ">9999x"
 
 
 def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:

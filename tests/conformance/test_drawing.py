@@ -10,6 +10,7 @@ from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import kernel
 from glm5_hal.conformance.mutants.stand_in import NAME, Made, installed
 from glm5_hal.conformance.subject import prepared, subject_of
+from glm5_hal.conformance.target import targets
 from glm5_hal.errors import HalError
 from glm5_hal.ops import names
 
@@ -42,7 +43,7 @@ def test_a_kernel_that_knows_the_shapes_of_one_seed_fails_on_another() -> None:
         return right(a) if tuple(a.x.shape) == known["x"] else right(a) * 1.01
 
     with installed(Made("rms_norm", kernel("rms_norm", made_for_seed_0))):
-        (target,) = runner.targets(NAME)
+        (target,) = targets(NAME)
         verdicts = [next(runner.run([case], [target], seed)).verdict for seed in (0, 1)]
     assert verdicts == ["PASS", "FAIL"]
 

@@ -21,6 +21,7 @@ from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import Args, kernel
 from glm5_hal.conformance.mutants.stand_in import NAME, Made, installed, judge
 from glm5_hal.conformance.results import Result
+from glm5_hal.conformance.target import targets
 from glm5_hal.errors import HalError
 from glm5_hal.ops import names, specs
 from glm5_hal.spec import Sample
@@ -38,7 +39,7 @@ def wrong_at_odd_widths(a: Args) -> Any:
 
 def fuzzed(body: honest.Body, corpus: Path, examples: int = 60, seed: int = 0) -> list[Result]:
     with installed(Made("rms_norm", kernel("rms_norm", body))):
-        (target,) = runner.targets(NAME)
+        (target,) = targets(NAME)
 
         def judge(case: Case) -> Result:
             return next(runner.run([case], [target], seed))

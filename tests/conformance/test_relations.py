@@ -14,6 +14,7 @@ from glm5_hal.conformance.mutants.honest import Args, kernel
 from glm5_hal.conformance.mutants.stand_in import NAME, Made, installed
 from glm5_hal.conformance.relations import GROUP, RELATIONS
 from glm5_hal.conformance.results import Result
+from glm5_hal.conformance.target import targets
 from glm5_hal.errors import HalError
 from glm5_hal.ops import specs
 
@@ -33,7 +34,7 @@ def judged(names: tuple[str, ...], **instead: honest.Body | None) -> list[Result
     made = [Made(op, kernel(op, body)) for op, body in bodies.items() if body is not None]
     chosen = [c for c in cases("smoke", (GROUP,)) if c.sample.id in names]
     with installed(*made):
-        return list(runner.run(chosen, runner.targets(NAME), 0))
+        return list(runner.run(chosen, targets(NAME), 0))
 
 
 ALL = tuple(r.name for r in RELATIONS)
@@ -60,7 +61,7 @@ def test_they_hold_between_kernels_that_are_honest_in_different_ways() -> None:
 def test_a_relation_is_a_case_like_any_other() -> None:
     (case,) = find(["metamorphic[bfloat16-sparse_is_dense]"])
     with installed(*(Made(op, kernel(op, body)) for op, body in HONEST.items())):
-        one, again = (next(runner.run([case], runner.targets(NAME), seed)) for seed in (3, 3))
+        one, again = (next(runner.run([case], targets(NAME), seed)) for seed in (3, 3))
     assert one.repro.endswith("--case 'metamorphic[bfloat16-sparse_is_dense]' --seed 3")
     assert (one.op, one.kernel, one.checks) == (GROUP, "standin:native", {GROUP: "ok"})
     assert one.inputs == again.inputs
@@ -145,7 +146,7 @@ def test_a_mistake_that_kernel_and_reference_share_shows_here_alone(monkeypatch:
     wrong = kernel("mla_decode", shifted("out"))
     (own,) = find(["mla_decode[float32-decode-latent_576]"])
     with installed(*(Made(op, wrong if op == "mla_decode" else kernel(op, body)) for op, body in HONEST.items())):
-        accuracy = next(runner.run([own], runner.targets(NAME), 0)).checks["accuracy"]
-        relation = next(runner.run(find(["metamorphic[float32-sparse_is_dense]"]), runner.targets(NAME), 0))
+        accuracy = next(runner.run([own], targets(NAME), 0)).checks["accuracy"]
+        relation = next(runner.run(find(["metamorphic[float32-sparse_is_dense]"]), targets(NAME), 0))
     assert accuracy == "ok"
     assert relation.verdict == "FAIL"

@@ -18,6 +18,7 @@ from glm5_hal.conformance.cli import app
 from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import kernel
 from glm5_hal.conformance.mutants.stand_in import NAME, Made, installed
+from glm5_hal.conformance.target import targets
 from glm5_hal.errors import HalError
 from glm5_hal.ops import names, specs
 
@@ -30,7 +31,7 @@ def saved(tmp_path: Path) -> Path:
 
 def judged(path: Path, body: honest.Body) -> Any:
     with installed(Made("rms_norm", kernel("rms_norm", body))):
-        return next(runner.run([replay.case(path)], runner.targets(NAME), 0))
+        return next(runner.run([replay.case(path)], targets(NAME), 0))
 
 
 def test_it_is_judged_like_any_case(saved: Path) -> None:

@@ -23,8 +23,8 @@ from glm5_hal.backend import Device
 from glm5_hal.conformance import journal
 from glm5_hal.conformance.identity import differences
 from glm5_hal.conformance.results import Result, from_record
-from glm5_hal.conformance.runner import Target
 from glm5_hal.conformance.session import Session, _Run
+from glm5_hal.conformance.target import Target
 from glm5_hal.errors import HalError
 
 IDENTITY = {"level": "smoke", "seed": 0, "versions": {"torch": "2.13.0"}}

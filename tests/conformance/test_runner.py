@@ -32,6 +32,7 @@ from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import kernel
 from glm5_hal.conformance.mutants.stand_in import NAME, Made, failed, installed, judge
 from glm5_hal.conformance.results import Result, succeeded
+from glm5_hal.conformance.target import targets
 from glm5_hal.errors import HalError
 from glm5_hal.ops import specs
 from glm5_hal.spec import BadInput, Inputs
@@ -54,7 +55,7 @@ def raising(problem: BaseException) -> Callable[..., Any]:
 def judged(case_id: str, *made: Made) -> Result:
     (case,) = find([case_id])
     with installed(*made):
-        (result,) = runner.run([case], runner.targets(NAME), 0)
+        (result,) = runner.run([case], targets(NAME), 0)
     return result
 
 
@@ -157,13 +158,13 @@ def test_an_argument_that_a_kernel_does_not_take_is_unsupported_where_it_is_give
 
 def test_an_op_without_a_kernel_is_unsupported_and_so_are_its_bad_inputs() -> None:
     with installed(Made("rms_norm", NORM)):
-        results = list(runner.run(list(cases("smoke", ("topk_indices",))), runner.targets(NAME), 0))
+        results = list(runner.run(list(cases("smoke", ("topk_indices",))), targets(NAME), 0))
     assert verdicts(results) == {("UNSUPPORTED", "NOT_IMPLEMENTED")}
 
 
 def test_a_composite_of_missing_parts_is_unsupported_for_the_part_that_is_missing() -> None:
     with installed(Made("topk_indices", TOPK)):
-        results = list(runner.run(list(cases("smoke", ("lightning_indexer",))), runner.targets(NAME), 0))
+        results = list(runner.run(list(cases("smoke", ("lightning_indexer",))), targets(NAME), 0))
     assert verdicts(results) == {("UNSUPPORTED", "NOT_IMPLEMENTED")}
     assert {r.detail for r in results} == {"has no kernel for indexer_logits"}
 
@@ -252,7 +253,7 @@ def test_a_kernel_that_spoils_its_inputs_spoils_them_for_no_other() -> None:
     (case,) = find(["rms_norm[float32-tokens]"])
     bad = Made("rms_norm", kernel("rms_norm", spoils), provider="bad")
     with installed(bad, Made("rms_norm", NORM, provider="good")):
-        results = list(runner.run([case], runner.targets(NAME), 0))
+        results = list(runner.run([case], targets(NAME), 0))
     assert [(r.backend, r.verdict) for r in results] == [("standin:bad", "FAIL"), ("standin:good", "PASS")]
 
 
@@ -359,8 +360,8 @@ def test_values_on_a_device_are_checked_because_the_suite_asks_for_it() -> None:
 
 def test_a_backend_is_all_of_its_providers_or_the_one_that_is_named() -> None:
     with installed(Made("rms_norm", NORM, provider="a"), Made("rms_norm", NORM, provider="b")):
-        assert [t.policy for t in runner.targets(NAME)] == ["standin:a", "standin:b"]
-        assert [t.policy for t in runner.targets("standin:b")] == ["standin:b"]
+        assert [t.policy for t in targets(NAME)] == ["standin:a", "standin:b"]
+        assert [t.policy for t in targets("standin:b")] == ["standin:b"]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +376,7 @@ def test_a_target_that_is_not_there_is_an_error_that_helps(
     backend: str, device: str | None, code: str, said: str
 ) -> None:
     with installed(Made("rms_norm", NORM)), pytest.raises(HalError) as raised:
-        runner.targets(backend, device)
+        targets(backend, device)
     assert raised.value.code == code
     assert said in raised.value.fix
 
@@ -383,7 +384,7 @@ def test_a_target_that_is_not_there_is_an_error_that_helps(
 def test_a_plugin_that_is_not_there_is_told_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "_given", [])
     with pytest.raises(HalError) as raised:
-        runner.targets("", None, "nowhere/plugin.py")
+        targets("", None, "nowhere/plugin.py")
     monkeypatch.undo()
     context.reset()
     assert raised.value.code == "PLUGIN"
@@ -396,13 +397,13 @@ def test_a_device_that_is_not_there_is_unavailable() -> None:
         return Unavailable("no device", "plug one in")
 
     with installed(Made("rms_norm", NORM), probe=absent_device), pytest.raises(HalError) as raised:
-        runner.targets(NAME)
+        targets(NAME)
     assert (raised.value.code, raised.value.fix) == ("UNAVAILABLE", "plug one in")
 
 
 def test_a_backend_without_kernels_is_not_judged() -> None:
     with installed(), pytest.raises(HalError) as raised:
-        runner.targets(NAME)
+        targets(NAME)
     assert raised.value.code == "NO_KERNEL"
 
 
@@ -417,7 +418,7 @@ def test_an_oracle_is_computed_once_for_all_targets(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(subject, "subject_of", counted)
     chosen = find(["rms_norm[float32-tokens]", "rms_norm[float32-one]"])
     with installed(*(Made("rms_norm", NORM, provider=p) for p in "abc")):
-        results = list(runner.run(chosen, runner.targets(NAME), 0))
+        results = list(runner.run(chosen, targets(NAME), 0))
     assert len(results) == 6
     assert asked == [case.id for case in chosen]
 

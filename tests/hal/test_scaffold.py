@@ -18,6 +18,7 @@ import glm5_hal
 from glm5_hal import context, dispatch, plugins, scaffold
 from glm5_hal.catalogue import Catalogue
 from glm5_hal.conformance import cases, runner
+from glm5_hal.conformance.target import targets
 from glm5_hal.errors import HalError
 from glm5_hal.plugins import PluginRecord
 
@@ -146,7 +147,7 @@ def test_what_its_kernel_does_not_take_is_refused_as_data() -> None:
 
 @pytest.mark.usefixtures("plugged")
 def test_it_conforms_and_calls_itself_simulated() -> None:
-    results = list(runner.run(list(cases.cases("smoke", ["rms_norm"])), runner.targets("fresh-chip"), seed=0))
+    results = list(runner.run(list(cases.cases("smoke", ["rms_norm"])), targets("fresh-chip"), seed=0))
     assert {r.verdict for r in results} == {"PASS"}
     assert {r.kernel for r in results} == {"fresh-chip:native", "fresh-chip:torch"}
     assert {r.evidence for r in results} == {"simulated"}

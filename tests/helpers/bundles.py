@@ -27,6 +27,7 @@ from glm5_hal.conformance.cases import find
 from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import kernel
 from glm5_hal.conformance.mutants.stand_in import NAME, Made, installed
+from glm5_hal.conformance.target import targets
 from glm5_hal.conformance.waivers import Book, parse
 
 PASSES, FAILS, WAIVED = "rms_norm[float32-tokens]", "rms_norm[bfloat16-uneven]", "rms_norm[bfloat16-tokens]"
@@ -102,7 +103,7 @@ def write(folder: Path, cases: tuple[str, ...] = CASES, waivers: str | None = No
     """Run the cases on the stand-in and write the bundle. The caller patches `manifests.suite`."""
     text = toml(WAIVER) if waivers is None else waivers
     with backend():
-        judged = runner.targets(NAME)
+        judged = targets(NAME)
         facts = judged[0].facts
         book = Book(parse(text), TODAY, facts.name, facts.versions, text)
         results = [book.judged(r) for r in runner.run(find(cases), judged, seed)]

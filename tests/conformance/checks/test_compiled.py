@@ -14,6 +14,7 @@ from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import Args, kernel
 from glm5_hal.conformance.mutants.stand_in import NAME, Made, installed
 from glm5_hal.conformance.results import Result
+from glm5_hal.conformance.target import targets
 from glm5_hal.ops import names
 
 NORM = honest.rms_norm()
@@ -21,7 +22,7 @@ NORM = honest.rms_norm()
 
 def judged(body: honest.Body, case_id: str = "rms_norm[float32-compiled]") -> Result:
     with installed(Made("rms_norm", kernel("rms_norm", body), frozenset({"deterministic"}))):
-        return next(runner.run(find([case_id]), runner.targets(NAME), 0))
+        return next(runner.run(find([case_id]), targets(NAME), 0))
 
 
 def test_every_op_has_its_case_at_level_full_and_not_below() -> None:
@@ -63,6 +64,6 @@ def test_a_schema_that_lies_is_caught() -> None:
 @pytest.mark.parametrize("op", ["add_rms_norm", "mla_cache_write", "moe_experts"])
 def test_kernels_of_the_cpu_pass(op: str) -> None:
     (case,) = (c for c in cases("full", (op,)) if c.sample.id == "compiled")
-    for result in runner.run([case], runner.targets("cpu"), 0):
+    for result in runner.run([case], targets("cpu"), 0):
         assert result.ok, result.detail
         assert result.checks["compiled"] == "ok"

@@ -22,6 +22,7 @@ from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import Args, kernel
 from glm5_hal.conformance.mutants.stand_in import Made, installed, judge
 from glm5_hal.conformance.subject import subject_of
+from glm5_hal.conformance.target import targets
 from glm5_hal.ops import specs
 from glm5_hal.ops._common.references import REFERENCES
 
@@ -88,7 +89,7 @@ def test_another_providers_kernel_is_caught_and_one_of_its_own_is_not() -> None:
 
     (case,) = find(["rms_norm[float32-tokens]"])
     with installed(Made("rms_norm", native), Made("rms_norm", other, provider="torch")):
-        results = {r.backend: r for r in runner.run([case], runner.targets("standin"), 0)}
+        results = {r.backend: r for r in runner.run([case], targets("standin"), 0)}
     assert results["standin:native"].detail == "provenance: runs standin:torch, another kernel of rms_norm"
     assert results["standin:torch"].ok
 
