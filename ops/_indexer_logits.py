@@ -52,8 +52,7 @@ def indexer_logits(
 
 def check_values(args: Mapping[str, Any]) -> None:
     name = "indexer_logits"
-    checks.offsets(name, "cu_seqlens_q", args["cu_seqlens_q"], args["q"].shape[0], "query tokens")
-    checks.paged(name, args["block_table"], args["seq_lens"], args["index_cache"])
+    checks.batch(name, args, "index_cache")
     checks.in_range(name, "seq_lens", args["seq_lens"], 0, args["max_seq_len"] + 1, "max_seq_len is the width of a row")
 
 

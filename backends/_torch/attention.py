@@ -13,6 +13,7 @@ from torch import Tensor
 from glm5_hal.backend import kernel
 from glm5_hal.backends._torch.caches import Tiles
 from glm5_hal.backends._torch.numbers import accumulation, in_host_memory
+from glm5_hal.ops._common import caches as bytes_of
 from glm5_hal.ops._common.paging import requests
 from glm5_hal.state import FORMATS, host_list
 
@@ -203,7 +204,7 @@ class _Absorbed:
     def __init__(
         self, q: Tensor, kv_cache: Tensor, rope_cache: Tensor | None, latent: int, cache_format: str, keys: int
     ) -> None:
-        held = (kv_cache,) if rope_cache is None else (kv_cache, rope_cache)
+        held = bytes_of.held(kv_cache, rope_cache)
         (_, H, W), dtype, most = q.shape, accumulation(q), min(keys, KEYS)
         self.tiles = Tiles(FORMATS[cache_format], held, latent, W - latent, dtype, most)
         self._latent, self._room = latent, q.new_empty(H * most, dtype=dtype)
