@@ -10,17 +10,15 @@ resident memory during that call less what was resident before it. The limit is 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import fnmatch
-import gc
 import json
-import resource
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from _measure import grown
 
 KEYS = 65536
 
@@ -88,34 +86,6 @@ def measure(point: Point) -> dict[str, Any]:
         "method": method,
         "threads": torch.get_num_threads(),
     }
-
-
-def grown(call: Callable[[], Any]) -> tuple[int, Any, str]:
-    """Peak resident memory during a call over what was resident before it."""
-    gc.collect()
-    with contextlib.suppress(AttributeError):  # another libc
-        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would hide growth
-    if _reset_peak():
-        before = _status("VmRSS")
-        made = call()
-        return max(_status("VmHWM") - before, 0), made, "VmHWM"
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    made = call()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, made, "ru_maxrss"
-
-
-def _reset_peak() -> bool:
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status(field: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def _bytes(tensors: Mapping[Any, Any]) -> int:

@@ -15,12 +15,12 @@ import argparse
 import fnmatch
 import json
 import platform
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from _measure import Call, least, rates
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,7 +33,6 @@ from glm5_hal.state import FORMATS, CacheFormat
 HEADS, LATENT, ROPE, HEAD_DIM, SCALE = 64, 512, 64, 256, 0.0625
 INDEX_HEADS, INDEX_DIM, TOP_K = 32, 128, 2048
 PAGE = 64
-Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -254,34 +253,11 @@ def _sdpa(q: Tensor, keys: Tensor) -> Tensor:
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def limits(repeat: int) -> dict[str, float]:
-    """This machine's rates: multiply-adds of a large matrix product, counted twice, and bytes read."""
-    found = {}
-    for name in ("float32", "bfloat16"):
-        a, b = (torch.randn(1536, 1536).to(getattr(torch, name)) for _ in range(2))
-        found[f"{name} GFLOP/s"] = 2 * 1536**3 / least({"mm": lambda a=a, b=b: a @ b}, repeat)["mm"] / 1e9
-    memory = torch.ones(1 << 26)
-    found["read GB/s"] = memory.numel() * 4 / least({"read": lambda: memory.sum()}, repeat)["read"] / 1e9
-    return found
-
-
-def least(calls: Mapping[str, Call], repeat: int) -> dict[str, float]:
-    """Seconds per call: the least of several, the calls taking turns."""
-    best = dict.fromkeys(calls, float("inf"))
-    for turn in range(repeat + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:  # the first is a warm-up
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
-
-
-def measure(point: Point, rates: Mapping[str, float], repeat: int) -> dict[str, Any]:
+def measure(point: Point, limits: Mapping[str, float], repeat: int) -> dict[str, Any]:
     kernel = getattr(ops, point.op).bind(**point.args)
-    times = least({"torch": lambda: kernel(**point.args), **point.peers}, repeat)
+    times, _ = least({"torch": lambda: kernel(**point.args), **point.peers}, repeat)
     cost = cost_of(specs()[point.op], point.args, point.dtype)
-    bound = max(cost.flops / rates[f"{point.dtype} GFLOP/s"], cost.bytes / rates["read GB/s"]) / 1e9
+    bound = max(cost.flops / limits[f"{point.dtype} GFLOP/s"], cost.bytes / limits["read GB/s"]) / 1e9
     peers = {name: seconds * 1e3 for name, seconds in times.items() if name != "torch"}
     best = min(peers, key=lambda name: peers[name])
     return {
@@ -311,9 +287,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     rows = []
     with torch.inference_mode(), glm5_hal.use("cpu:torch", check="metadata"):
-        rates = limits(options.repeat)
+        limits = rates(options.repeat)
         if not options.json:
-            print(f"{torch.get_num_threads()} threads; " + ", ".join(f"{v:.0f} {k}" for k, v in rates.items()))
+            print(f"{torch.get_num_threads()} threads; " + ", ".join(f"{v:.0f} {k}" for k, v in limits.items()))
             print(
                 f"{'op':<18} {'shape':<18} {'dtype':<9} {'format':<11} {'ms':>8}  "
                 f"{'best peer':<22} {'gain':>5}  of limit"
@@ -321,12 +297,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for points in POINTS:
             if fnmatch.fnmatch(points.__name__, options.op):
                 for point in points():
-                    rows.append(measure(point, rates, options.repeat))
+                    rows.append(measure(point, limits, options.repeat))
                     if not options.json:
                         _show(rows[-1])
     if options.json:
         about = {"machine": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-        print(json.dumps({**about, "limits": rates, "rows": rows}, indent=2))
+        print(json.dumps({**about, "limits": limits, "rows": rows}, indent=2))
 
 
 def _show(row: Mapping[str, Any]) -> None:

@@ -14,17 +14,15 @@ of decoding is the block's weights over the measured rate of reading memory.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from _measure import grown, least, rates
 from torch import Tensor
 
 WIDTHS: dict[str, Any] = {
@@ -184,20 +182,9 @@ def apart(x: Tensor) -> Tensor:
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-def least(calls: dict[str, Callable[[], Tensor]], repeat: int) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """ms of each call, and its result."""
-    results = {way: call() for way, call in calls.items()}
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(repeat):
-        for way, call in calls.items():
-            start = time.perf_counter()
-            call()
-            best[way] = min(best[way], 1e3 * (time.perf_counter() - start))
-    return best, results
-
-
 def result(what: str, dtype: torch.dtype, calls: dict[str, Callable[[], Tensor]], repeat: int) -> Result:
-    ms, outs = least(calls, repeat)
+    seconds, outs = least(calls, repeat)
+    ms = {way: 1e3 * taken for way, taken in seconds.items()}
     theirs = outs["eager"].float()
     difference = float((outs["ours"].float() - theirs).norm() / theirs.norm())
     return Result(what, str(dtype)[6:], ms, min(ms["eager"], ms["sdpa"]) / ms["ours"], difference)
@@ -208,17 +195,6 @@ def turns(block: Block) -> dict[str, Callable[[], Tensor]]:
     return {way: block.prepared(way) for way in WAYS}
 
 
-def limits(repeat: int) -> dict[str, float]:
-    """This machine: GB/s of reading, and GFLOP/s of torch's own product."""
-    data = torch.ones(1 << 27)
-    measured = {"read_GB_s": 4 * data.numel() / least({"sum": data.sum}, repeat)[0]["sum"] / 1e6}
-    for dtype in (torch.bfloat16, torch.float32):
-        a = torch.randn(2048, 2048).to(dtype)
-        ms = least({"mm": lambda a=a: a @ a}, repeat)[0]["mm"]  # type: ignore[misc]
-        measured[f"mm_{str(dtype)[6:]}_GFLOP_s"] = 2 * 2048**3 / ms / 1e6
-    return measured
-
-
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -226,21 +202,9 @@ def growth(way: str, dtype: torch.dtype) -> float:
     """MB by which one prefill pushes this process's memory up."""
     small = Block(dtype, 16, 0)
     small.prepared(way)()
-    block = Block(dtype, PREFILL, 0)
-    run = block.prepared(way)
+    run = Block(dtype, PREFILL, 0).prepared(way)
     del small
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as refs:
-        refs.write("5")  # the peak starts from here
-    before = _status("VmRSS")
-    run()
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(name: str) -> int:
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return grown(run)[0] / 2**20
 
 
 def growths(dtype: str, threads: int) -> dict[str, float]:
@@ -278,8 +242,8 @@ def report(options: argparse.Namespace, dtype: torch.dtype) -> None:
     del decode
     rows.append(result(f"block, prefill of {PREFILL}", dtype, turns(Block(dtype, PREFILL, 0)), 1))
     memory = growths(options.dtype, options.threads)
-    machine = limits(options.repeat)
-    bound = weights / machine["read_GB_s"] / 1e6
+    machine = rates(options.repeat)
+    bound = weights / machine["read GB/s"] / 1e6
     if options.json:
         print(
             json.dumps({"rows": [asdict(r) for r in rows], "prefill_MB": memory, "machine": machine, "bound_ms": bound})
@@ -289,7 +253,7 @@ def report(options: argparse.Namespace, dtype: torch.dtype) -> None:
         times = "  ".join(f"{way} {ms:8.2f} ms" for way, ms in row.ms.items())
         print(f"{row.what:28} {row.dtype:9} {times}  {row.ratio:6.1f}x  differ by {row.difference:.1e}")
     print(f"peak of the prefill, MB      {options.dtype:9} " + "  ".join(f"{w} {mb:11.0f}" for w, mb in memory.items()))
-    print(f"the block's weights at {machine['read_GB_s']:.1f} GB/s: {bound:.1f} ms; products: {machine}")
+    print(f"the block's weights at {machine['read GB/s']:.1f} GB/s: {bound:.1f} ms; products: {machine}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from glm5_hal.ops._common import checks
 from glm5_hal.ops._common.draws import cancelling, mirrored, weight_scale
+from glm5_hal.ops._common.paging import offsets
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.ops._common.prolog import WEIGHT_FORMAT
 from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample
@@ -39,9 +40,9 @@ def grouped_gemm(x: Tensor, weight: Tensor, expert_offsets: Tensor, *, weight_fo
 
 
 def check_values(args: Mapping[str, Any]) -> None:
-    name, offsets, rows = "grouped_gemm", args["expert_offsets"], args["x"].shape[0]
-    checks.in_range(name, "expert_offsets", offsets, 0, rows + 1, f"x has {rows} rows")
-    checks.offsets(name, "expert_offsets", offsets, int(offsets[-1]), "rows in use")
+    name, ends, rows = "grouped_gemm", args["expert_offsets"], args["x"].shape[0]
+    checks.in_range(name, "expert_offsets", ends, 0, rows + 1, f"x has {rows} rows")
+    checks.offsets(name, "expert_offsets", ends, int(ends[-1]), "rows in use")
 
 
 #: A prime, so that no two rows of tiled weights are alike.
@@ -93,7 +94,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     args = {
         "x": x.masked_fill(unread, 77.0),
         "weight": weight,
-        "expert_offsets": torch.tensor([0, *rows]).cumsum(0).int(),
+        "expert_offsets": offsets(rows),
         "weight_format": "plain",
     }
     return Inputs(args, {"x": unread})

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from glm5_hal.ops._common import caches, checks, writes
-from glm5_hal.ops._common.indexer import INDEX_ARGS, INDEX_SCALARS, index_constraints
+from glm5_hal.ops._common.indexer import INDEX_CACHE, INDEX_SCALARS, index_constraints
 from glm5_hal.spec import FLOATS, Arg, BadInput, BitExact, Cost, Draw, Inputs, OpSpec, Pick, Sample
 from glm5_hal.state import FORMATS, formats
 
@@ -100,7 +100,7 @@ SPEC = OpSpec(
     reference=index_cache_write,
     args=(
         Arg("k", "T D", "F", "index keys, one head"),
-        next(a for a in INDEX_ARGS if a.name == "index_cache"),
+        INDEX_CACHE,
         writes.SLOTS,
     ),
     scalars=INDEX_SCALARS,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glm5_hal.ops._common import checks, gains, writes
 from glm5_hal.ops._common.draws import weight, weight_scale
-from glm5_hal.ops._common.indexer import INDEX_ARGS, INDEX_SCALARS, index_constraints
+from glm5_hal.ops._common.indexer import INDEX_CACHE, INDEX_SCALARS, index_constraints
 from glm5_hal.ops._common.precision import down, linear, up
 from glm5_hal.ops._common.prolog import LAYOUT, ROPE_TABLES, WEIGHT_FORMAT
 from glm5_hal.ops._common.references import loosest
@@ -182,7 +182,7 @@ SPEC = OpSpec(
         Arg("k_norm_bias", "D", "W", "bias of indexer.k_norm, in its gain's dtype"),
         Arg("w_weights", "num_heads E", "V", "indexer.weights_proj, in the activations' dtype or float32"),
         *ROPE_TABLES,
-        next(a for a in INDEX_ARGS if a.name == "index_cache"),
+        INDEX_CACHE,
         writes.SLOTS,
     ),
     scalars=(

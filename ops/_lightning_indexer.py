@@ -58,9 +58,7 @@ def oracle_scores(args: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def check_values(args: Mapping[str, Any]) -> None:
-    name = "lightning_indexer"
-    checks.offsets(name, "cu_seqlens_q", args["cu_seqlens_q"], args["q"].shape[0], "query tokens")
-    checks.paged(name, args["block_table"], args["seq_lens"], args["index_cache"])
+    checks.batch("lightning_indexer", args, "index_cache")
 
 
 def samples() -> Iterator[Sample]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from glm5_hal.ops._common import caches, checks, writes
-from glm5_hal.ops._common.attention import LATENT_CACHE, cache_constraints
+from glm5_hal.ops._common.attention import KV_CACHE, ROPE_CACHE, cache_constraints
 from glm5_hal.spec import FLOATS, Arg, BadInput, BitExact, Cost, Draw, Inputs, OpSpec, Pick, Sample, Scalar
 from glm5_hal.state import FORMATS, formats
 
@@ -37,7 +37,7 @@ def mla_cache_write(
     0x7F (NaN) with scale 1, all of it; non-finite rope dims stay what they are (the bits of a NaN are not defined).
     """
     wanted = slot_mapping >= 0
-    held = (kv_cache,) if rope_cache is None else (kv_cache, rope_cache)
+    held = caches.held(kv_cache, rope_cache)
     caches.write(FORMATS[cache_format], held, slot_mapping[wanted], kv_c[wanted], k_pe[wanted])
 
 
@@ -115,9 +115,9 @@ SPEC = OpSpec(
     args=(
         Arg("kv_c", "T L", "F", "latents, after their norm"),
         Arg("k_pe", "T R", "F", "rope keys, after rope"),
-        *LATENT_CACHE[:1],
+        KV_CACHE,
         writes.SLOTS,
-        *LATENT_CACHE[1:],
+        ROPE_CACHE,
     ),
     scalars=(Scalar("cache_format", "named cache format", choices=formats("latent")),),
     outs=(),

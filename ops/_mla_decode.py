@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import caches, checks
-from glm5_hal.ops._common.attention import LATENT_CACHE, attend, cache_constraints, dense_amplification
+from glm5_hal.ops._common.attention import KV_CACHE, ROPE_CACHE, attend, cache_constraints, dense_amplification
 from glm5_hal.ops._common.latents import latents, pointing_queries
-from glm5_hal.ops._common.paging import causal_limits, requests, slots_of
+from glm5_hal.ops._common.paging import BATCH, causal_limits, requests, slots_of
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.spec import (
     FLOATS,
@@ -61,7 +61,7 @@ def mla_decode(
     T, H, _ = q.shape
     out = up(q).new_zeros(T, H, kv_lora_rank)
     lse = up(q).new_full((T, H), -torch.inf)
-    held = (kv_cache,) if rope_cache is None else (kv_cache, rope_cache)
+    held = caches.held(kv_cache, rope_cache)
     for r, tokens, length in requests(cu_seqlens_q, seq_lens):
         slots = slots_of(block_table[r], torch.arange(length, device=q.device), kv_cache.shape[1])
         latent, rope = caches.read(fmt, held, slots, kv_lora_rank)
@@ -73,9 +73,7 @@ def mla_decode(
 
 
 def check_values(args: Mapping[str, Any]) -> None:
-    name = "mla_decode"
-    checks.offsets(name, "cu_seqlens_q", args["cu_seqlens_q"], args["q"].shape[0], "query tokens")
-    checks.paged(name, args["block_table"], args["seq_lens"], args["kv_cache"])
+    checks.batch("mla_decode", args, "kv_cache")
 
 
 GLM5 = {"H": 64, "L": 512, "R": 64, "page": 64, "scale": 0.0625}
@@ -170,11 +168,9 @@ SPEC = OpSpec(
     reference=mla_decode,
     args=(
         Arg("q", "T H W", "F", "absorbed queries: kv_lora_rank latent dims, then the rope dims"),
-        *LATENT_CACHE[:1],
-        Arg("block_table", "B M", "int32", "physical page of each logical page of each request"),
-        Arg("seq_lens", "B", "int32", "cached keys of each request, new tokens included"),
-        Arg("cu_seqlens_q", "B+1", "int32", "offsets of each request's tokens"),
-        *LATENT_CACHE[1:],
+        KV_CACHE,
+        *BATCH,
+        ROPE_CACHE,
     ),
     scalars=(
         Scalar("scale", "softmax scale: 0.0625 for GLM-5 (256^-0.5, not 576^-0.5), 0.135234 for DeepSeek-V3.2"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from glm5_hal.ops._common import checks
 from glm5_hal.ops._common.attention import dense_amplification, softmax
 from glm5_hal.ops._common.latents import pointed_keys, pointing_queries, values
-from glm5_hal.ops._common.paging import causal_limits
+from glm5_hal.ops._common.paging import causal_limits, offsets
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.spec import (
     FLOATS,
@@ -127,17 +127,13 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
         "q": q,
         "k": k,
         "v": v,
-        "cu_seqlens_q": _offsets([n for n, _ in lens]),
-        "cu_seqlens_k": _offsets([m for _, m in lens]),
+        "cu_seqlens_q": offsets([n for n, _ in lens]),
+        "cu_seqlens_k": offsets([m for _, m in lens]),
         "scale": axes["scale"],
         "causal": causal,
     }
     masks = {"q": blind, "k": unseen, "v": unseen}
     return Inputs(args, {name: mask.expand_as(args[name]).clone() for name, mask in masks.items()})
-
-
-def _offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def fuzz(pick: Pick) -> Sample:

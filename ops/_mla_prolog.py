@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import checks, gains, writes
-from glm5_hal.ops._common.attention import LATENT_CACHE, cache_constraints
+from glm5_hal.ops._common.attention import KV_CACHE, ROPE_CACHE, cache_constraints
 from glm5_hal.ops._common.draws import cancelling, mirrored, weight
 from glm5_hal.ops._common.precision import linear, matmul
 from glm5_hal.ops._common.prolog import LAYOUT, ROPE_TABLES, WEIGHT_FORMAT
@@ -167,9 +167,9 @@ SPEC = OpSpec(
         Arg("w_q_b", "H*(K+2*I) Q", "F", "q_b_proj: per head nope rows, then rope rows"),
         Arg("w_kv_a", "L+2*I E", "F", "kv_a_proj_with_mqa: latent rows, then rope rows"),
         Arg("kv_a_norm", "L", "W", "gain of kv_a_layernorm, in the activations' dtype or float32"),
-        *LATENT_CACHE[:1],
+        KV_CACHE,
         writes.SLOTS,
-        *LATENT_CACHE[1:],
+        ROPE_CACHE,
     ),
     scalars=(
         Scalar("eps", "of both latents' norms: 1e-5 as trained, 1e-6 in transformers", low=0.0),

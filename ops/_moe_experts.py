@@ -18,7 +18,7 @@ from glm5_hal.ops._common.references import loosest
 from glm5_hal.ops._grouped_gemm import expert_weights
 from glm5_hal.ops._moe_combine import router_weights
 from glm5_hal.ops._moe_permute import chosen_experts
-from glm5_hal.ops._silu_and_mul import SPEC as ACTIVATION
+from glm5_hal.ops._silu_and_mul import LIMIT
 from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample, Scalar
 
 
@@ -168,7 +168,7 @@ SPEC = OpSpec(
     ),
     outs=(Out("out", "T D", "F", "the layer's result on this rank"),),
     dtypes={"F": FLOATS, "A": ("float32", "float64")},
-    constraints=ACTIVATION.constraints[1:],
+    constraints=(LIMIT,),
     rounding="as its parts: each product and the activation rounded to the storage dtype, or kept in fp32; the "
     "weighted sum in fp32, rounded once",
     attributes=("deterministic", "batch_invariant", "graph_safe"),

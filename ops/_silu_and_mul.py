@@ -100,6 +100,13 @@ def cost(axes: Mapping[str, Any]) -> Cost:
     return Cost(flops=5 * n, bytes=axes["itemsize"] * 3 * n)
 
 
+LIMIT = Constraint(
+    "limit is above 0",
+    lambda known: known["limit"] is None or bool(known["limit"] > 0),
+    "pass the model's swiglu_limit, or None for no clamp",
+    code="SCALAR",
+)
+
 SPEC = OpSpec(
     name="silu_and_mul",
     group="elementary",
@@ -111,12 +118,7 @@ SPEC = OpSpec(
     dtypes={"F": FLOATS},
     constraints=(
         Constraint("D2 is even", lambda known: bool(known["D2"] % 2 == 0), "concatenate gate and up of one width"),
-        Constraint(
-            "limit is above 0",
-            lambda known: known["limit"] is None or bool(known["limit"] > 0),
-            "pass the model's swiglu_limit, or None for no clamp",
-            code="SCALAR",
-        ),
+        LIMIT,
     ),
     rounding="computed in fp32; rounded once at the end, or also before the multiplication by up",
     attributes=("deterministic", "batch_invariant", "graph_safe"),

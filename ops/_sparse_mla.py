@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import caches, checks
-from glm5_hal.ops._common.attention import LATENT_CACHE, attend, cache_constraints, score_amplification
+from glm5_hal.ops._common.attention import KV_CACHE, ROPE_CACHE, attend, cache_constraints, score_amplification
 from glm5_hal.ops._common.latents import latents
-from glm5_hal.ops._common.paging import requests, slots_of
+from glm5_hal.ops._common.paging import BATCH, requests, slots_of
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.spec import (
     FLOATS,
@@ -58,7 +58,7 @@ def sparse_mla(
     T, H, _ = q.shape
     out = up(q).new_zeros(T, H, kv_lora_rank)
     lse = up(q).new_full((T, H), -torch.inf)
-    held = (kv_cache,) if rope_cache is None else (kv_cache, rope_cache)
+    held = caches.held(kv_cache, rope_cache)
     page = kv_cache.shape[1]
     for r, tokens, _ in requests(cu_seqlens_q, seq_lens):
         for t in range(tokens.start, tokens.stop):
@@ -71,8 +71,7 @@ def sparse_mla(
 
 def check_values(args: Mapping[str, Any]) -> None:
     name = "sparse_mla"
-    checks.offsets(name, "cu_seqlens_q", args["cu_seqlens_q"], args["q"].shape[0], "query tokens")
-    checks.paged(name, args["block_table"], args["seq_lens"], args["kv_cache"])
+    checks.batch(name, args, "kv_cache")
     checks.chosen(name, args["indices"], args["seq_lens"], args["cu_seqlens_q"])
 
 
@@ -163,12 +162,10 @@ SPEC = OpSpec(
     reference=sparse_mla,
     args=(
         Arg("q", "T H W", "F", "absorbed queries: kv_lora_rank latent dims, then the rope dims"),
-        *LATENT_CACHE[:1],
+        KV_CACHE,
         Arg("indices", "T K", "int32", "key positions local to the request, -1 for none"),
-        Arg("block_table", "B M", "int32", "physical page of each logical page of each request"),
-        Arg("seq_lens", "B", "int32", "cached keys of each request, new tokens included"),
-        Arg("cu_seqlens_q", "B+1", "int32", "offsets of each request's tokens"),
-        *LATENT_CACHE[1:],
+        *BATCH,
+        ROPE_CACHE,
     ),
     scalars=(
         Scalar("scale", "softmax scale: 0.0625 for GLM-5 (256^-0.5, not 576^-0.5)"),

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from glm5_hal.backend import kernel
+from glm5_hal.backends._torch.blocks import blocks
 from glm5_hal.backends._torch.caches import Tiles
 from glm5_hal.backends._torch.numbers import accumulation, in_host_memory
+from glm5_hal.ops._common import caches as bytes_of
 from glm5_hal.ops._common.paging import requests
 from glm5_hal.state import FORMATS, host_list
 
@@ -119,22 +121,18 @@ def mla_decode(
     cache_format: str = "latent_576",
 ) -> tuple[Tensor, Tensor]:
     out, lse = _no_keys(q, kv_lora_rank)
-    work = [(r, tokens, n) for r, tokens, n in requests(cu_seqlens_q, seq_lens) if n and tokens.stop > tokens.start]
-    longest = max((n for *_, n in work), default=0)
+    work = blocks(cu_seqlens_q, seq_lens, TOKENS)
+    longest = max((limits[-1] for *_, limits in work), default=0)
     absorbed = _Absorbed(q, kv_cache, rope_cache, kv_lora_rank, cache_format, longest)
-    for r, tokens, length in work:
-        blind = max(tokens.stop - tokens.start - length, 0)  # the first tokens, which see no key
-        for first in range(tokens.start + blind, tokens.stop, TOKENS):
-            block = range(first, min(first + TOKENS, tokens.stop))
-            limits = [length - tokens.stop + t + 1 for t in block]
-            queries, states = [_query(q[t], scale) for t in block], [Softmax() for _ in block]
-            for start in range(0, limits[-1], KEYS):
-                keys = absorbed.tiles.between(block_table[r], start, min(start + KEYS, limits[-1]))
-                for query, state, limit in zip(queries, states, limits, strict=True):
-                    if limit > start:
-                        absorbed.attend(state, query, keys[: limit - start])
-            for t, state in zip(block, states, strict=True):
-                out[t], lse[t] = state.result()
+    for r, block, limits in work:
+        queries, states = [_query(q[t], scale) for t in block], [Softmax() for _ in block]
+        for start in range(0, limits[-1], KEYS):
+            keys = absorbed.tiles.between(block_table[r], start, min(start + KEYS, limits[-1]))
+            for query, state, limit in zip(queries, states, limits, strict=True):
+                if limit > start:
+                    absorbed.attend(state, query, keys[: limit - start])
+        for t, state in zip(block, states, strict=True):
+            out[t], lse[t] = state.result()
     return out, lse
 
 
@@ -203,7 +201,7 @@ class _Absorbed:
     def __init__(
         self, q: Tensor, kv_cache: Tensor, rope_cache: Tensor | None, latent: int, cache_format: str, keys: int
     ) -> None:
-        held = (kv_cache,) if rope_cache is None else (kv_cache, rope_cache)
+        held = bytes_of.held(kv_cache, rope_cache)
         (_, H, W), dtype, most = q.shape, accumulation(q), min(keys, KEYS)
         self.tiles = Tiles(FORMATS[cache_format], held, latent, W - latent, dtype, most)
         self._latent, self._room = latent, q.new_empty(H * most, dtype=dtype)

@@ -113,8 +113,7 @@ def mla_cache_write(
     *,
     cache_format: str = "latent_576",
 ) -> None:
-    held = (kv_cache,) if rope_cache is None else (kv_cache, rope_cache)
-    _write(FORMATS[cache_format], held, slot_mapping, kv_c, k_pe)
+    _write(FORMATS[cache_format], bytes_of.held(kv_cache, rope_cache), slot_mapping, kv_c, k_pe)
 
 
 @kernel("index_cache_write", "torch", provides=("deterministic", "batch_invariant", "graph_safe"))

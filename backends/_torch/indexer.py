@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from glm5_hal.backend import kernel
+from glm5_hal.backends._torch.blocks import blocks
 from glm5_hal.backends._torch.caches import Tiles
 from glm5_hal.backends._torch.numbers import accumulation
 from glm5_hal.backends._torch.topk import choose
-from glm5_hal.ops._common.paging import requests
 from glm5_hal.state import FORMATS
 
 #: Keys per tile: 2048 rows of 128 numbers in fp32 are 1 MB.
@@ -36,9 +36,9 @@ def indexer_logits(
 ) -> Tensor:
     out = weights.new_full((q.shape[0], max_seq_len), -torch.inf)
     scorer = _Scorer(q, weights, index_cache, cache_format, max_seq_len)
-    for r, tokens, length in requests(cu_seqlens_q, seq_lens):
-        limits = [min(length - tokens.stop + t + 1, max_seq_len) for t in range(tokens.start, tokens.stop)]
-        scorer.score(tokens.start, limits, block_table[r], out[tokens])
+    for r, block, limits in blocks(cu_seqlens_q, seq_lens, TOKENS):
+        within = [min(limit, max_seq_len) for limit in limits]
+        scorer.score(block, within, block_table[r], out[block.start : block.stop])
     return out
 
 
@@ -59,17 +59,13 @@ def lightning_indexer(
     cache_format: str = "bf16_128",
 ) -> Tensor:
     out = block_table.new_full((q.shape[0], top_k), -1, dtype=torch.int32)
-    work = [(r, tokens, n) for r, tokens, n in requests(cu_seqlens_q, seq_lens) if n and tokens.stop > tokens.start]
-    longest = max((n for *_, n in work), default=0)
-    rows = min(max((tokens.stop - tokens.start for _, tokens, _ in work), default=0), TOKENS)
-    kept = weights.new_empty(rows, longest)
+    work = blocks(cu_seqlens_q, seq_lens, TOKENS)
+    longest = max((limits[-1] for *_, limits in work), default=0)
+    kept = weights.new_empty(max((len(block) for _, block, _ in work), default=0), longest)
     scorer = _Scorer(q, weights, index_cache, cache_format, longest)
-    for r, tokens, length in work:
-        for first in range(tokens.start, tokens.stop, TOKENS):
-            block = range(first, min(first + TOKENS, tokens.stop))
-            limits = [max(length - tokens.stop + t + 1, 0) for t in block]
-            scorer.score(first, limits, block_table[r], kept)
-            choose(kept[: len(block), : limits[-1]], limits, out[block.start : block.stop])
+    for r, block, limits in work:
+        scorer.score(block, limits, block_table[r], kept)
+        choose(kept[: len(block), : limits[-1]], limits, out[block.start : block.stop])
     return out
 
 
@@ -82,17 +78,12 @@ class _Scorer:
         self._tiles = Tiles(FORMATS[cache_format], (index_cache,), D, 0, self._dtype, most)
         self._room = q.new_empty(H * most, dtype=self._dtype)
 
-    def score(self, first: int, limits: list[int], pages: Tensor, out: Tensor) -> None:
-        """Row i of ``out`` gets the scores of token ``first + i`` for the keys before ``limits[i]``, and no others."""
-        for t in range(0, len(limits), TOKENS):
-            self._score(first + t, limits[t : t + TOKENS], pages, out[t : t + TOKENS])
-
-    def _score(self, first: int, limits: list[int], pages: Tensor, out: Tensor) -> None:
-        q_HD = [self._q[first + i].to(self._dtype, copy=True) for i in range(len(limits))]
-        w_1H = [self._weights[first + i][None].to(self._dtype, copy=True) for i in range(len(limits))]
-        end = max(limits, default=0)
-        for start in range(0, end, KEYS):
-            keys = self._tiles.between(pages, start, min(start + KEYS, end))
+    def score(self, block: range, limits: list[int], pages: Tensor, out: Tensor) -> None:
+        """Row i of ``out`` gets the scores of token ``block[i]`` for the keys before ``limits[i]``, and no others."""
+        q_HD = [self._q[t].to(self._dtype, copy=True) for t in block]
+        w_1H = [self._weights[t][None].to(self._dtype, copy=True) for t in block]
+        for start in range(0, limits[-1], KEYS):
+            keys = self._tiles.between(pages, start, min(start + KEYS, limits[-1]))
             for i, limit in enumerate(limits):
                 if limit > start:
                     seen = keys[: limit - start]

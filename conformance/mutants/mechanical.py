@@ -27,7 +27,7 @@ else:
 from glm5_hal import ops
 from glm5_hal.backend import Kernel
 from glm5_hal.backends import _torch
-from glm5_hal.backends._torch import caches, numbers
+from glm5_hal.backends._torch import blocks, caches, numbers
 from glm5_hal.conformance.cases import Case
 from glm5_hal.conformance.mutants.operators import Mutation, mutated, mutations
 from glm5_hal.ops._common.references import reference_of
@@ -63,7 +63,7 @@ def kernels() -> Mapping[str, Callable[..., Any]]:
 @cache
 def sources() -> Mapping[str, types.ModuleType]:
     """The modules that are mutated, by short name: where those kernels are, and what they share."""
-    places = [caches.__name__, numbers.__name__]
+    places = [module.__name__ for module in (blocks, caches, numbers)]
     for op, fn in kernels().items():
         places.append(fn.__module__ if _is_torch(fn.__module__) else ops.specs()[op].reference.__module__)
     return {name.rpartition(".")[2]: sys.modules[name] for name in dict.fromkeys(places)}

@@ -15,9 +15,9 @@ from glm5_hal.spec import Arg, Constraint
 from glm5_hal.state import FORMATS
 
 #: The cache arguments of every op over the MLA latent. C is the storage dtype: the format says which.
-LATENT_CACHE = (
-    Arg("kv_cache", "N P X", "C", "cache pages, in the named format", layout="page"),
-    Arg("rope_cache", "N P R", "F", "rope keys, for formats that keep them apart", optional=True, layout="page"),
+KV_CACHE = Arg("kv_cache", "N P X", "C", "cache pages, in the named format", layout="page")
+ROPE_CACHE = Arg(
+    "rope_cache", "N P R", "F", "rope keys, for formats that keep them apart", optional=True, layout="page"
 )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal.ops._common import caches
-from glm5_hal.ops._common.paging import slots_of
+from glm5_hal.ops._common.paging import offsets, slots_of
 from glm5_hal.spec import Draw
 from glm5_hal.state import CacheFormat
 
@@ -35,7 +35,7 @@ class Batch:
 
     @property
     def cu_seqlens_q(self) -> Tensor:
-        return torch.tensor([0, *[q for q, _ in self.lens]]).cumsum(0).int()
+        return offsets([q for q, _ in self.lens])
 
     @property
     def max_seq_len(self) -> int:

@@ -54,6 +54,11 @@ def grouped(x: Tensor, group: int) -> Tensor:
     return x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
 
 
+def held(kv_cache: Tensor, rope_cache: Tensor | None) -> tuple[Tensor, ...]:
+    """A latent format's tensors, from the arguments of an op."""
+    return (kv_cache,) if rope_cache is None else (kv_cache, rope_cache)
+
+
 def field_widths(fmt: CacheFormat, width: int, latent: int) -> dict[str, int]:
     """Bytes of each part of a quantised row of ``width``, in the order in which the parts lie."""
     widths = {"latent": latent, "scale": 4 * (latent // fmt.group)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +55,12 @@ def paged(op: str, block_table: Tensor, seq_lens: Tensor, cache: Tensor) -> None
     starts = torch.arange(block_table.shape[1], device=seq_lens.device) * page_size
     why = f"the cache has {num_blocks} pages"
     in_range(op, "block_table", block_table, 0, num_blocks, why, among=starts < seq_lens[:, None])
+
+
+def batch(op: str, args: Mapping[str, Any], cache: str) -> None:
+    """Queries of requests over a paged cache: offsets, lengths and pages."""
+    offsets(op, "cu_seqlens_q", args["cu_seqlens_q"], args["q"].shape[0], "query tokens")
+    paged(op, args["block_table"], args["seq_lens"], args[cache])
 
 
 def chosen(op: str, indices: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor) -> None:

@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from glm5_hal.ops._common.attention import PAGES, stores_in
+from glm5_hal.ops._common.paging import BATCH
 from glm5_hal.spec import Arg, Constraint, Scalar
 from glm5_hal.state import FORMATS, formats
 
+INDEX_CACHE = Arg("index_cache", "N P X", "C", "index key pages, in the named format", layout="page")
+
+#: Of the ops that score keys.
 INDEX_ARGS = (
     Arg("q", "T H D", "F", "index queries, after rope"),
     Arg("weights", "T H", "A", "head weights, already scaled; may be negative"),
-    Arg("index_cache", "N P X", "C", "index key pages, in the named format", layout="page"),
-    Arg("block_table", "B M", "int32", "physical page of each logical page of each request"),
-    Arg("seq_lens", "B", "int32", "cached keys of each request, new tokens included"),
-    Arg("cu_seqlens_q", "B+1", "int32", "offsets of each request's tokens"),
+    INDEX_CACHE,
+    *BATCH,
 )
 
 INDEX_SCALARS = (Scalar("cache_format", "named cache format", choices=formats("index")),)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from glm5_hal.spec import Arg
 from glm5_hal.state import host_list
+
+#: Where each request's keys and new tokens are: what every op takes that reads a paged cache.
+BATCH = (
+    Arg("block_table", "B M", "int32", "physical page of each logical page of each request"),
+    Arg("seq_lens", "B", "int32", "cached keys of each request, new tokens included"),
+    Arg("cu_seqlens_q", "B+1", "int32", "offsets of each request's tokens"),
+)
+
+
+def offsets(lengths: Sequence[int]) -> Tensor:
+    """Cumulative lengths with a leading 0, int32."""
+    return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def requests(cu_seqlens_q: Tensor, seq_lens: Tensor) -> Iterator[tuple[int, slice, int]]:

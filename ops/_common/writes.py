@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.ops._common.batches import as_args
 from glm5_hal.ops._common.caches import E4M3_NAN, grouped
 from glm5_hal.spec import Arg, BadInput, Draw
 from glm5_hal.state import CacheFormat
@@ -24,12 +25,7 @@ def slots(draw: Draw, tokens: int, total: int, *, skipped: str = "some") -> Tens
 def held(draw: Draw, fmt: CacheFormat, blocks: int, page: int, dims: tuple[int, ...], dtype: str) -> dict[str, Any]:
     """The format's tensors, full of what an earlier write may have left, under their arguments' names."""
     tensors = fmt.allocate(blocks, page, *dims, dtype=getattr(torch, dtype))
-    named: dict[str, Any] = {
-        name: draw.integers(-100, 100, *t.shape).to(t.dtype) for name, t in zip(fmt.tensors, tensors, strict=True)
-    }
-    if fmt.kind == "latent":
-        named.setdefault("rope_cache", None)
-    return named
+    return as_args(fmt, tuple(draw.integers(-100, 100, *t.shape).to(t.dtype) for t in tensors))
 
 
 def rows(draw: Draw, tokens: int, width: int, dtype: str, *, group: int = 0) -> Tensor:

@@ -41,7 +41,7 @@ def read(cache_format: str, held: list[Tensor], slots: Tensor, latent: int, how:
     for name in how.fields(fmt.fields):
         width = widths[name]
         if major:
-            whole = held[0].reshape(len(held[0]), -1)
+            whole = held[0].flatten(1)
             found = [whole[p, start + i * width :][:width] for p, i in zip(page.tolist(), at.tolist(), strict=True)]
             part[name] = torch.stack(found) if found else held[0].new_zeros(0, width)
             start += width * held[0].shape[1]
