@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from glm5_hal.conformance.cases import Case
     from glm5_hal.conformance.results import Result
-    from glm5_hal.conformance.target import Target, targets
+    from glm5_hal.conformance.target import Target
     from glm5_hal.conformance.waivers import Book
 
 
@@ -59,6 +59,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "hal_case" not in metafunc.fixturenames:
         return
     from glm5_hal.conformance import cases, waivers
+    from glm5_hal.conformance.target import targets
     from glm5_hal.errors import HalError
 
     option = metafunc.config.getoption

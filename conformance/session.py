@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from glm5_hal.conformance.cases import Case
     from glm5_hal.conformance.journal import Journal, Key
     from glm5_hal.conformance.results import Result
-    from glm5_hal.conformance.target import Target, targets
+    from glm5_hal.conformance.target import Target
     from glm5_hal.conformance.waivers import Book
 
 
@@ -110,6 +110,7 @@ def _in_process(wanted: Session) -> Done:
 
     from glm5_hal.conformance import identity, runner, waivers
     from glm5_hal.conformance.process import kernels_print_to_stderr
+    from glm5_hal.conformance.target import targets
 
     if len(wanted.devices) > 1 or wanted.workers > 1:
         what = "one process uses one device"
