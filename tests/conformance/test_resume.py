@@ -266,7 +266,8 @@ def test_a_runner_that_is_killed_anywhere_repeats_nothing_and_ends_with_the_same
     undisturbed = started(plugin, whole)
     out_err = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, out_err
-    expected, partial, rng = verdicts(whole), out / "results.partial.jsonl", random.Random()
+    seed = random.randrange(1 << 32)
+    expected, partial, rng = verdicts(whole), out / "results.partial.jsonl", random.Random(seed)
     for kill in range(KILLS):
         kept = lines(partial)
         until = len(kept) + rng.randrange(-1, max(1, len(expected) // KILLS))
@@ -277,7 +278,7 @@ def test_a_runner_that_is_killed_anywhere_repeats_nothing_and_ends_with_the_same
         runner.send_signal(signal.SIGKILL)
         runner.communicate()
         now = lines(partial)
-        assert now[: len(kept)] == kept, f"kill {kill}: what was written is written"
+        assert now[: len(kept)] == kept, f"seed {seed}, kill {kill}: what was written is written"
         end = time.monotonic() + 10
         while any(map(running, workers_of(diary))):
             assert time.monotonic() < end, "a worker outlives its runner"
@@ -287,7 +288,7 @@ def test_a_runner_that_is_killed_anywhere_repeats_nothing_and_ends_with_the_same
     said, errors = last.communicate(timeout=300)
     assert last.returncode == 0, errors
     assert json.loads(said)["cases"] == len(expected)
-    assert verdicts(out) == expected
+    assert verdicts(out) == expected, f"seed {seed}"
     seconds = {r["case"]: r["seconds"] for r in read(out / "results.jsonl")}
     assert {r["case"]: r["seconds"] for r in kept}.items() <= seconds.items(), "no finished case ran again"
     assert not partial.exists()

@@ -15,7 +15,7 @@ import torch
 from toys import checked_here, installed, stand_in
 
 import glm5_hal
-from glm5_hal import context, doctor, plugins
+from glm5_hal import context, plugins
 from glm5_hal.backend import Kernel, Unavailable
 from glm5_hal.catalogue import Catalogue
 from glm5_hal.cli import main
@@ -215,7 +215,7 @@ def ward(tmp_path: Path, fresh: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_broken_plugins_are_named_with_reason_and_fix(ward: Path, fresh: pytest.MonkeyPatch) -> None:
     context._process.catalogue = Catalogue([r for r in Catalogue(plugins.find()).records if not r.builtin])
-    found = examine(timeout=2.0)
+    found = examine(timeout=8.0)  # which only the one that hangs needs
     assert not found.ok
     patients: dict[str, list[Patient]] = {}
     for p in found.backends:
@@ -258,4 +258,3 @@ def test_the_built_in_backend_is_well() -> None:
         (found,) = examine(timeout=60).backends
     assert (found.state, found.kernel) == ("ok", "rms_norm on cpu:torch: right")
     assert found.communicator == "gloo", "told by the child, which alone has loaded it"
-    assert doctor.REPORTED[0] in examine.__globals__["REPORTED"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,14 +32,6 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
 @points(*KERNELS)
 def test_within_the_budgets_of_the_suite(kernel: Kernel, sample: Sample, dtype: str) -> None:
     passes(kernel, sample, dtype)
-
-
-@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -48,14 +47,6 @@ def test_no_kernel_that_claims_graph_safe_waits_for_its_device(kernel: Kernel) -
     for sample in smoke(kernel.op):
         with torch.inference_mode(), NeverWaits():
             kernel.fn(**arguments(kernel.op, sample))
-
-
-@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- routing ---------------------------------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
-"""Fixtures of the suite's own tests."""
+"""What holds for every test, whichever folder it is run from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("glm5-hal", deadline=None)  # machines are busy, and what is slow is not wrong
+hypothesis.settings.load_profile("glm5-hal")
 
 
 @pytest.fixture(autouse=True, scope="session")
