@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installe
 HAND = """
 <pre id="seen"></pre><script>
 const seen = {}, all = (s) => [...document.querySelectorAll(s)];
-const names = () => all("#cases tbody tr").filter((r) => !r.hidden && r.className !== "more").map((r) => r.cells[1].textContent);
+const rows = () => all("#cases tbody tr").filter((r) => !r.hidden && r.className !== "more");
+const names = () => rows().map((r) => r.cells[1].textContent);
 const chip = (v) => all(".chips button").find((b) => b.dataset.verdict === v);
 const text = document.getElementById("text");
 const type = (t) => { text.value = t; text.dispatchEvent(new Event("input")); };
@@ -31,7 +32,11 @@ window.onerror = (what) => { seen.error = String(what); };
 seen.first = names();
 for (const key of ["c", "e"]) {
   const button = document.querySelector(`#cases th button[data-key=${key}]`);
-  seen[key] = []; for (let n = 0; n < 2; n++) { button.click(); seen[key].push([button.parentElement.getAttribute("aria-sort"), names()]); }
+  seen[key] = [];
+  for (let n = 0; n < 2; n++) {
+    button.click();
+    seen[key].push([button.parentElement.getAttribute("aria-sort"), names()]);
+  }
 }
 chip("FAIL").click(); seen.failures = names(); seen.count = document.getElementById("shown").textContent;
 seen.off = all("circle.dot.off").length; chip("FAIL").click(); seen.again = names().length;
@@ -39,7 +44,8 @@ type("hadamard"); seen.typed = names(); type("no such case"); seen.none = names(
 const row = all("#cases tbody tr").find((r) => r.cells[1].textContent === FAILS);
 row.querySelector(".case button").click(); seen.details = row.nextElementSibling.textContent;
 row.querySelector(".case button").click(); seen.closed = row.nextElementSibling?.className !== "more";
-type("hadamard"); document.querySelector("[data-go]").click(); seen.jumped = all("tr.more").length; seen.filter = text.value;
+type("hadamard"); document.querySelector("[data-go]").click();
+seen.jumped = all("tr.more").length; seen.filter = text.value;
 seen.wide = [document.documentElement.scrollWidth, document.documentElement.clientWidth];
 document.getElementById("seen").textContent = JSON.stringify(seen);
 </script></body>
