@@ -83,7 +83,7 @@ def _print(report: Report) -> None:
     count = {status: len(report.of(status)) for status in ("killed", "equivalent", "not executed", "pending")}
     console.print(
         f"{count['killed']} of {report.mutants} mutants killed; {count['equivalent']} equivalent, "
-        f"{count['not executed']} not executed here, {count['pending']} wait for a check. "
+        f"{count['not executed']} not executed here, {count['pending']} out of a run's reach. "
         f"{len(report.alarms)} false alarms in {report.honest['cases']} cases of {report.honest['kernels']} honest "
         f"kernels on {report.honest['seeds']} draws.",
         markup=False,

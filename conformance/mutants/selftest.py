@@ -37,7 +37,7 @@ class Mutant:
         ops: the ops that have it; none for a line that nothing executes.
         cases: those that execute it, by op; None for all of its op.
         why: the argument that it is no mistake.
-        needs: the check that is to kill it, where the suite does not have that yet.
+        needs: what finds it, where no run of the suite can.
     """
 
     id: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -192,6 +193,17 @@ def of_batch(op: str, name: str) -> Callable[[], Fn]:
     return lambda: wrapped(op, run)
 
 
+def past_its_own(op: str) -> Callable[[], Fn]:
+    """Writes one element beyond a buffer that it has allocated, where an allocator mostly has room."""
+
+    def run(reference: Fn, a: dict[str, Any]) -> Any:
+        room = torch.empty(7)
+        ctypes.memset(room.data_ptr() + 28, 0, 4)  # within what malloc rounds 28 bytes up to
+        return reference(**a)
+
+    return lambda: wrapped(op, run)
+
+
 def no_nan(op: str, name: str) -> Callable[[], Fn]:
     """What is not finite is taken for 0 before anything is computed."""
     return lambda: wrapped(op, lambda ref, a: ref(**{**a, name: a[name].nan_to_num(0.0, 0.0, 0.0)}))
@@ -291,6 +303,9 @@ ANYWHERE = [
     *(Wrong(op, f"a NaN in {name} becomes a number", no_nan(op, name), "nonfinite", dtypes=("*",)) for op, name in {
         "mla_cache_write": "kv_c", "moe_permute": "x", "add_rms_norm": "residual", "rope": "x",
     }.items()),
+    *(Wrong(op, "writes past its own buffer", past_its_own(op), "workspace", dtypes=("*",)) for op in (
+        "rms_norm", "sparse_mla", "grouped_gemm", "topk_indices",
+    )),
     Wrong("mla_cache_write", "nothing of a batch of 17 is written", nothing_of(17), "batch", dtypes=("*",)),
     Wrong("add_rms_norm", "doubles x where it is the residual too", doubles_the_shared, "alias", dtypes=("*",)),
     *(Wrong(op, f"reads {name} in bfloat16", rounded(op, name), dtypes=FP32) for op, names in READ.items()

@@ -21,7 +21,7 @@ Fn = Callable[..., Any]
 class Wrong:
     """``make`` gives a new kernel, so that none keeps what it saw. ``by``: the check that fails it first.
 
-    ``needs``: the check that is to kill it, where the suite does not have that yet. ``seeds``: draws on which it shows.
+    ``needs``: what finds it, where no run of the suite can. ``seeds``: draws on which it shows.
     """
 
     op: str
