@@ -26,9 +26,9 @@ from torch.nn import functional
 
 import glm5_hal
 from glm5_hal import ops
+from glm5_hal.formats import FORMATS, CacheFormat
 from glm5_hal.ops import specs
 from glm5_hal.ops._common.costs import cost_of
-from glm5_hal.state import FORMATS, CacheFormat
 
 HEADS, LATENT, ROPE, HEAD_DIM, SCALE = 64, 512, 64, 256, 0.0625
 INDEX_HEADS, INDEX_DIM, TOP_K = 32, 128, 2048

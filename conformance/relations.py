@@ -19,9 +19,9 @@ from glm5_hal.conformance.calibrated import calibrated
 from glm5_hal.conformance.rounding import unit_roundoff
 from glm5_hal.conformance.trial import Finding
 from glm5_hal.errors import HalError, suggest
+from glm5_hal.formats import FORMATS
 from glm5_hal.ops._common import batches, caches
 from glm5_hal.spec import Draw
-from glm5_hal.state import FORMATS
 
 GROUP = "metamorphic"
 

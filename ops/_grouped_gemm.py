@@ -18,8 +18,8 @@ from glm5_hal.ops._common.draws import cancelling, mirrored, weight_scale
 from glm5_hal.ops._common.paging import offsets
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.ops._common.prolog import WEIGHT_FORMAT
+from glm5_hal.plan import host_list
 from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample
-from glm5_hal.state import host_list
 
 
 def grouped_gemm(x: Tensor, weight: Tensor, expert_offsets: Tensor, *, weight_format: str = "plain") -> Tensor:

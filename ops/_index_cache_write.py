@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from glm5_hal.formats import FORMATS, formats
 from glm5_hal.ops._common import caches, checks, writes
 from glm5_hal.ops._common.indexer import INDEX_CACHE, INDEX_SCALARS, index_constraints
 from glm5_hal.spec import FLOATS, Arg, BadInput, BitExact, Cost, Draw, Inputs, OpSpec, Pick, Sample
-from glm5_hal.state import FORMATS, formats
 
 
 def index_cache_write(k: Tensor, index_cache: Tensor, slot_mapping: Tensor, *, cache_format: str = "bf16_128") -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.formats import FORMATS, formats
 from glm5_hal.ops._common import batches, caches, checks
 from glm5_hal.ops._common.indexer import INDEX_ARGS, INDEX_SCALARS, index_constraints, logit_amplification
 from glm5_hal.ops._common.paging import causal_limits, requests, slots_of
 from glm5_hal.ops._common.precision import up
 from glm5_hal.spec import FLOATS, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample, Scalar
-from glm5_hal.state import FORMATS, formats
 
 
 def indexer_logits(

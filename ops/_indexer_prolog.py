@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.formats import FORMATS, formats
 from glm5_hal.ops._common import checks, gains, writes
 from glm5_hal.ops._common.draws import weight, weight_scale
 from glm5_hal.ops._common.indexer import INDEX_CACHE, INDEX_SCALARS, index_constraints
@@ -35,7 +36,6 @@ from glm5_hal.spec import (
     Sample,
     Scalar,
 )
-from glm5_hal.state import FORMATS, formats
 
 
 def indexer_prolog(

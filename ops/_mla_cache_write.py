@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from glm5_hal.formats import FORMATS, formats
 from glm5_hal.ops._common import caches, checks, writes
 from glm5_hal.ops._common.attention import KV_CACHE, ROPE_CACHE, cache_constraints
 from glm5_hal.spec import FLOATS, Arg, BadInput, BitExact, Cost, Draw, Inputs, OpSpec, Pick, Sample, Scalar
-from glm5_hal.state import FORMATS, formats
 
 
 def mla_cache_write(

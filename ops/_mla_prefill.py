@@ -17,6 +17,7 @@ from glm5_hal.ops._common.attention import dense_amplification, softmax
 from glm5_hal.ops._common.latents import pointed_keys, pointing_queries, values
 from glm5_hal.ops._common.paging import causal_limits, offsets
 from glm5_hal.ops._common.precision import down, up
+from glm5_hal.plan import host_list
 from glm5_hal.spec import (
     FLOATS,
     AbsoluteError,
@@ -32,7 +33,6 @@ from glm5_hal.spec import (
     Sample,
     Scalar,
 )
-from glm5_hal.state import host_list
 
 
 def mla_prefill(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.formats import FORMATS, formats
 from glm5_hal.ops._common import checks, gains, writes
 from glm5_hal.ops._common.attention import KV_CACHE, ROPE_CACHE, cache_constraints
 from glm5_hal.ops._common.draws import cancelling, mirrored, weight
@@ -34,7 +35,6 @@ from glm5_hal.spec import (
     Sample,
     Scalar,
 )
-from glm5_hal.state import FORMATS, formats
 
 
 def mla_prolog(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.formats import FORMATS, formats
 from glm5_hal.ops._common import caches, checks
 from glm5_hal.ops._common.attention import KV_CACHE, ROPE_CACHE, attend, cache_constraints, score_amplification
 from glm5_hal.ops._common.latents import latents
@@ -31,7 +32,6 @@ from glm5_hal.spec import (
     Sample,
     Scalar,
 )
-from glm5_hal.state import FORMATS, formats
 
 
 def sparse_mla(

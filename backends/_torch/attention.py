@@ -14,9 +14,10 @@ from glm5_hal.backend import kernel
 from glm5_hal.backends._torch.blocks import blocks
 from glm5_hal.backends._torch.caches import Tiles
 from glm5_hal.backends._torch.numbers import accumulation, in_host_memory
+from glm5_hal.formats import FORMATS
 from glm5_hal.ops._common import caches as bytes_of
 from glm5_hal.ops._common.paging import requests
-from glm5_hal.state import FORMATS, host_list
+from glm5_hal.plan import host_list
 
 #: Keys per tile in the absorbed form: 1024 rows of 576 numbers in fp32 are 2.4 MB.
 KEYS = 1024

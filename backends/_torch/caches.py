@@ -12,8 +12,8 @@ from torch import Tensor
 
 from glm5_hal.backend import kernel
 from glm5_hal.backends._torch.numbers import in_host_memory
+from glm5_hal.formats import FORMATS, CacheFormat
 from glm5_hal.ops._common import caches as bytes_of
-from glm5_hal.state import FORMATS, CacheFormat
 
 
 class Tiles:

@@ -13,7 +13,7 @@ from glm5_hal.backends._torch.blocks import blocks
 from glm5_hal.backends._torch.caches import Tiles
 from glm5_hal.backends._torch.numbers import accumulation
 from glm5_hal.backends._torch.topk import choose
-from glm5_hal.state import FORMATS
+from glm5_hal.formats import FORMATS
 
 #: Keys per tile: 2048 rows of 128 numbers in fp32 are 1 MB.
 KEYS = 2048

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from glm5_hal.backend import Kernel, kernel
 from glm5_hal.capability import dtype
-from glm5_hal.state import host_list
+from glm5_hal.plan import host_list
 
 #: Heads that are widened at a time, which bounds the memory of it.
 HEADS = 16

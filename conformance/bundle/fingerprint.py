@@ -54,11 +54,11 @@ def suite() -> Suite:
 def spec_hashes() -> Mapping[str, str]:
     """One hash per op, over its declaration, its reference, its samples and the helpers that ops share: everything in
     the source but docstrings, comments and blank lines."""
-    from glm5_hal import state
+    from glm5_hal import formats
     from glm5_hal.ops import names
 
     ops = Path(importlib.import_module("glm5_hal.ops").__path__[0])
-    shared = hashlib.sha256(Path(state.__file__).with_name("formats.json").read_bytes())
+    shared = hashlib.sha256(Path(formats.__file__).with_name("formats.json").read_bytes())
     for path in sorted((ops / "_common").glob("*.py")):
         shared.update(f"{path.name}\n{essence(path.read_text(encoding='utf-8'))}".encode())
     found = {}

@@ -14,6 +14,7 @@ from glm5_hal.conformance.compare import Judgement
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.conformance.rounding import unit_roundoff
 from glm5_hal.conformance.trial import Finding, Trial
+from glm5_hal.formats import FORMATS, CacheFormat
 from glm5_hal.ops._common import caches
 from glm5_hal.spec import (
     AbsoluteError,
@@ -24,7 +25,6 @@ from glm5_hal.spec import (
     Given,
     Selection,
 )
-from glm5_hal.state import FORMATS, CacheFormat
 
 #: What a strictly sequential fp32 sum over n terms may lose, in units of its roundoff, is about sqrt(n) (measured:
 #: 0.4 on random signs, 0.6 on equal ones); twice that is the floor of every budget.

@@ -20,8 +20,8 @@ from torch import Tensor
 from glm5_hal.conformance.checks.accuracy import judge
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.conformance.trial import Finding, NotTakenError, Trial, same_bits
+from glm5_hal.formats import FORMATS
 from glm5_hal.ops._common import caches
-from glm5_hal.state import FORMATS
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from glm5_hal.conformance.checks.agreement import as_good
 from glm5_hal.conformance.trial import Finding, Trial
-from glm5_hal.state import StepPlan
+from glm5_hal.plan import StepPlan
 
 
 def check(trial: Trial) -> Finding:

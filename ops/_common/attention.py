@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.formats import FORMATS
 from glm5_hal.metadata import evaluate
 from glm5_hal.ops._common.precision import stored, up
 from glm5_hal.spec import Arg, Constraint
-from glm5_hal.state import FORMATS
 
 #: The cache arguments of every op over the MLA latent. C is the storage dtype: the format says which.
 KV_CACHE = Arg("kv_cache", "N P X", "C", "cache pages, in the named format", layout="page")

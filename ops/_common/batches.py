@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.formats import CacheFormat
 from glm5_hal.ops._common import caches
 from glm5_hal.ops._common.paging import offsets, slots_of
 from glm5_hal.spec import Draw
-from glm5_hal.state import CacheFormat
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.formats import CacheFormat
 from glm5_hal.ops._common.precision import exact, is_exact, up
-from glm5_hal.state import CacheFormat
 
 E4M3_MAX = 448.0
 E4M3_NAN = 0x7F

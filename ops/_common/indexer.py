@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from glm5_hal.formats import FORMATS, formats
 from glm5_hal.ops._common.attention import PAGES, stores_in
 from glm5_hal.ops._common.paging import BATCH
 from glm5_hal.spec import Arg, Constraint, Scalar
-from glm5_hal.state import FORMATS, formats
 
 INDEX_CACHE = Arg("index_cache", "N P X", "C", "index key pages, in the named format", layout="page")
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.formats import FORMATS
 from glm5_hal.ops._common import batches
 from glm5_hal.ops._common.batches import Batch
 from glm5_hal.ops._common.caches import grouped
 from glm5_hal.spec import Draw, Sample
-from glm5_hal.state import FORMATS
 
 #: The best two scores of a pointing query differ by at least twice this: exp() of minus that is zero in fp32, and the
 #: scores stay small enough for exp2(score · log2 e − max · log2 e) to be 1 at the best one, after rounding to bfloat16.

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from glm5_hal.plan import host_list
 from glm5_hal.spec import Arg
-from glm5_hal.state import host_list
 
 #: Where each request's keys and new tokens are: what every op takes that reads a paged cache.
 BATCH = (

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glm5_hal.formats import CacheFormat
 from glm5_hal.ops._common.batches import as_args
 from glm5_hal.ops._common.caches import E4M3_NAN, grouped
 from glm5_hal.spec import Arg, BadInput, Draw
-from glm5_hal.state import CacheFormat
 
 SLOTS = Arg("slot_mapping", "T", "int64", "flat slot of each token, block · page_size + offset; -1 skips the token")
 

@@ -17,10 +17,10 @@ from glm5_hal.conformance.checks import accuracy, layout, poison
 from glm5_hal.conformance.inputs import Draw
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.conformance.trial import Expected, Trial
+from glm5_hal.formats import FORMATS
 from glm5_hal.ops import specs
 from glm5_hal.signature import Facts
 from glm5_hal.spec import Inputs, Sample
-from glm5_hal.state import FORMATS
 
 
 def smoke(op: str) -> list[Sample]:

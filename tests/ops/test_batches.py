@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from glm5_hal.conformance.inputs import Draw
+from glm5_hal.formats import FORMATS, CacheFormat
 from glm5_hal.ops._common import batches, caches
-from glm5_hal.state import FORMATS, CacheFormat
 
 LENS = ((1, 9), (2, 24), (0, 0), (3, 1))
 

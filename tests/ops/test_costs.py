@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from glm5_hal.conformance.inputs import Draw
+from glm5_hal.formats import formats
 from glm5_hal.ops import specs
 from glm5_hal.ops._common.costs import cost_of
 from glm5_hal.ops._common.references import reference_of
 from glm5_hal.spec import Sample
-from glm5_hal.state import formats
 
 REQUESTS, KEYS, PAGE = 3, 16, 8
 #: Of a request: what is read beside the numbers, and small.

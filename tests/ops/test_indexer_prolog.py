@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm5_hal import state
+from glm5_hal import rope
 from glm5_hal.conformance import oracle
 from glm5_hal.conformance.inputs import Draw
 from glm5_hal.ops._common.references import REFERENCES, reference_of
@@ -83,7 +83,7 @@ def layer(model: str, tokens: int, start: int = 150_000) -> dict[str, Any]:
     def normal(*shape: int, fan_in: int = 1) -> Tensor:
         return torch.randn(*shape, generator=made, dtype=torch.float64) * fan_in**-0.5
 
-    cos, sin = state.rope_tables(torch.arange(start, start + tokens), R, axes["theta"])
+    cos, sin = rope.rope_tables(torch.arange(start, start + tokens), R, axes["theta"])
     pages = -(-tokens // 64)
     return {
         "x": normal(tokens, E),

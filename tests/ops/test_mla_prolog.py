@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glm5_hal import state
+from glm5_hal import rope
 from glm5_hal.conformance import oracle
 from glm5_hal.conformance.inputs import Draw
 from glm5_hal.ops._common.references import REFERENCES, reference_of
@@ -99,7 +99,7 @@ def layer(model: str, tokens: int, **change: Any) -> dict[str, Any]:
         return torch.randn(*shape, generator=made, dtype=torch.float64) * fan_in**-0.5
 
     positions = torch.randint(0, 200_000, (tokens,), generator=made)
-    cos, sin = state.rope_tables(positions, R, axes["theta"])
+    cos, sin = rope.rope_tables(positions, R, axes["theta"])
     pages = -(-tokens // 16)
     return {
         "x": normal(tokens, E),
@@ -216,7 +216,7 @@ def test_relative_positions_are_what_counts(layout: str) -> None:
     args["x"][1] = args["x"][0]
     scores = []
     for start in (0, 150_000):
-        cos, sin = state.rope_tables(torch.tensor([start, start + 77]), 64, 1e6)
+        cos, sin = rope.rope_tables(torch.tensor([start, start + 77]), 64, 1e6)
         q, _ = prolog(**{**args, "cos": cos.double(), "sin": sin.double(), "layout": layout})
         scores.append(q[1, 0, 512:] @ rows_of(args)[0, 512:])
     assert scores[0].item() == pytest.approx(scores[1].item(), rel=1e-6)  # the tables themselves are fp32

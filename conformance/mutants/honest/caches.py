@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glm5_hal.conformance.mutants.honest.calls import Args, Body
 from glm5_hal.conformance.mutants.honest.paging import held_of
-from glm5_hal.state import FORMATS
+from glm5_hal.formats import FORMATS
 
 
 def power_by_log2(amax: Tensor, floor: str) -> Tensor:

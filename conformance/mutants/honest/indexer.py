@@ -14,7 +14,7 @@ from torch import Tensor
 from glm5_hal.conformance.mutants.honest.calls import Args, Body, Product
 from glm5_hal.conformance.mutants.honest.paging import RIGHT, Reading, read, requests
 from glm5_hal.conformance.mutants.honest.products import matmul
-from glm5_hal.state import FORMATS
+from glm5_hal.formats import FORMATS
 
 
 def logits(

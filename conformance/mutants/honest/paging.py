@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal.conformance.mutants.honest.calls import Args
-from glm5_hal.state import FORMATS
+from glm5_hal.formats import FORMATS
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import RIGHT, Args, Body, Softmax
 from glm5_hal.conformance.mutants.wrong.base import Wrong, bodied
-from glm5_hal.state import current_plan
+from glm5_hal.plan import current_plan
 
 
 def of_last_page(lose: int) -> Callable[[int, int, int], int]:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from glm5_hal import ops
 from glm5_hal.integrations.transformers.cache import PagedCache
 from glm5_hal.integrations.transformers.step import Step
-from glm5_hal.state import Prepared, prepare
+from glm5_hal.prepared import Prepared, prepare
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from glm5_hal.integrations.transformers.checks import refuse
 from glm5_hal.integrations.transformers.padding import Padding
 from glm5_hal.integrations.transformers.pages import Pages
 from glm5_hal.integrations.transformers.step import Step, decode_slots, offsets
-from glm5_hal.state import StepPlan
+from glm5_hal.plan import StepPlan
 
 
 class PagedCache(Cache):  # type: ignore[misc] # transformers has no types

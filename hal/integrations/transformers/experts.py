@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from glm5_hal import ops
-from glm5_hal.state import Prepared, prepare
+from glm5_hal.prepared import Prepared, prepare
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glm5_hal.state import CacheFormat
+from glm5_hal.formats import CacheFormat
 
 
 @dataclass(frozen=True)

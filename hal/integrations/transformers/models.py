@@ -14,10 +14,10 @@ from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm_moe_dsa
 from glm5_hal import context, ops
 from glm5_hal import policy as policies
 from glm5_hal.errors import HalError
+from glm5_hal.formats import CacheFormat, cache_format, preferred_formats
 from glm5_hal.integrations.transformers import attention, checks, experts, forwards
 from glm5_hal.integrations.transformers.memory import Layout
 from glm5_hal.integrations.transformers.sources import Source, check_unchanged, sources
-from glm5_hal.state import CacheFormat, cache_format, preferred_formats
 
 #: Decoders by class, and whether the rope of their indexer pairs dims (i, i + R/2).
 DECODERS = {glm_moe_dsa.GlmMoeDsaModel: False, deepseek_v32.DeepseekV32Model: True}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal.errors import HalError
-from glm5_hal.state import rope_tables
+from glm5_hal.rope import rope_tables
 
 #: Their frequencies follow from the configuration alone. The others change with the length of the sequence.
 KINDS = ("default", "linear", "yarn", "llama3")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glm5_hal.state import StepPlan
+from glm5_hal.plan import StepPlan
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ from glm5_hal.backends._torch.attention import Softmax, mla_decode, mla_prefill,
 from glm5_hal.conformance import oracle
 from glm5_hal.conformance.inputs import Draw
 from glm5_hal.ops import specs
+from glm5_hal.plan import StepPlan
 from glm5_hal.spec import Sample
-from glm5_hal.state import StepPlan
 
 KERNELS = (mla_prefill, mla_decode, sparse_mla)
 

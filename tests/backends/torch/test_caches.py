@@ -10,10 +10,10 @@ from judging import NeverWaits, arguments, passes, points, run, same_bits
 
 from glm5_hal.backend import Kernel
 from glm5_hal.backends._torch.caches import Tiles, index_cache_write, mla_cache_write
+from glm5_hal.formats import FORMATS, formats
 from glm5_hal.ops._common import caches as bytes_of
 from glm5_hal.ops._common.references import reference_of
 from glm5_hal.spec import Sample
-from glm5_hal.state import FORMATS, formats
 
 WRITERS = (mla_cache_write, index_cache_write)
 

@@ -17,8 +17,8 @@ from glm5_hal.conformance import oracle
 from glm5_hal.conformance.inputs import Draw
 from glm5_hal.ops import specs
 from glm5_hal.ops._topk_indices import topk_indices as by_sorting
+from glm5_hal.plan import StepPlan
 from glm5_hal.spec import Sample
-from glm5_hal.state import StepPlan
 
 KERNELS = (indexer_logits, lightning_indexer)
 

@@ -11,7 +11,7 @@ from small import model, tokens
 
 from glm5_hal.errors import HalError
 from glm5_hal.integrations.transformers import PagedCache, apply
-from glm5_hal.state import StepPlan
+from glm5_hal.plan import StepPlan
 
 COLUMNS = 20
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from small import model, tokens
 
+from glm5_hal.formats import CacheFormat
 from glm5_hal.integrations.transformers import PagedCache, apply
 from glm5_hal.integrations.transformers import cache as caches
-from glm5_hal.state import CacheFormat
 
 COLUMNS = 20
 

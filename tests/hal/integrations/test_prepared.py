@@ -18,7 +18,7 @@ from glm5_hal.capability import one_of
 from glm5_hal.integrations.transformers import apply
 from glm5_hal.ops import specs
 from glm5_hal.ops._common.references import reference_of
-from glm5_hal.state import Prepared
+from glm5_hal.prepared import Prepared
 
 #: Ops whose weights the backend keeps with their rows reversed.
 REVERSED = ("mla_prolog", "indexer_prolog")
