@@ -571,8 +571,12 @@ def test_first_calls_of_many_threads_at_once() -> None:
                 if n == 0 and i % 10 == 5:
                     context.reset()
                     context._process.catalogue = catalogue
-                seen.append((k, float(pair(torch.zeros(1 + i % 3, 3), k=k)[0, 0])))
-                seen.append((k, float(crowded(**crowd(), k=k)[0, 0]) - 2))
+                try:
+                    seen.append((k, float(pair(torch.zeros(1 + i % 3, 3), k=k)[0, 0])))
+                    seen.append((k, float(crowded(**crowd(), k=k)[0, 0]) - 2))
+                except HalError as refusal:  # between the reset and the line below it nothing is installed
+                    if refusal.code != "NO_KERNEL":
+                        raise
         except BaseException as problem:  # noqa: BLE001 - shown below, in the main thread
             problems.append(problem)
 
@@ -582,7 +586,7 @@ def test_first_calls_of_many_threads_at_once() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    assert [p for p in problems if not isinstance(p, HalError) or p.code != "NO_KERNEL"] == []
+    assert problems == []
     assert len(seen) >= 16 * 60
     assert all(value == k for k, value in seen)
 
