@@ -93,9 +93,10 @@ def overview() -> str:
         "Every tensor keeps the shape and dtype of the plain weight; the format's name goes into the op's `weight_format` "
         "argument. A kernel that does not declare a format refuses it: silence means `plain` only.\n",
         "## Step plan\n",
-        "`StepPlan.build(seq_lens, cu_seqlens_q, host_seq_lens=None, host_cu_seqlens_q=None)` is made once per step; inside "
+        "`StepPlan.build(seq_lens, cu_seqlens_q, *, host_seq_lens=None, host_cu_seqlens_q=None)` is made once per step; inside "
         "`with plan.active():` kernels read lengths on the host without a device sync and keep their schedules from layer "
-        "to layer. Results never depend on it.\n",
+        "to layer. Results do not depend on it while it is true: host lists that are given are believed, and a write to "
+        "the lengths after `build` is noticed only on tensors made outside of `torch.inference_mode()`.\n",
         "## Attributes\n",
         "What a kernel may claim, and a user may ask for with `glm5_hal.use(require=...)`. An attribute that does not apply "
         "to an op is not asked of it.\n",

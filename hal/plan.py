@@ -21,8 +21,9 @@ class StepPlan:
     """What a step's calls share, layer after layer: lengths on the device and on the host, maxima, vendor schedules.
 
     Built once per step and activated with :meth:`active`; kernels then ask :func:`host_list` for lengths without a
-    device sync, and :func:`schedule` for what they computed for an earlier layer of the same step. Results never
-    depend on a plan, only time does.
+    device sync, and :func:`schedule` for what they computed for an earlier layer of the same step. Results do not
+    depend on a plan while it is true: host lists that are given are believed, and a write to the lengths after
+    :meth:`build` is noticed only on tensors that were made outside of ``torch.inference_mode()``.
 
     Attributes:
         seq_lens: cached keys per request, new tokens included, [B] int32.

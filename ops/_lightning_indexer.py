@@ -33,9 +33,9 @@ def lightning_indexer(
 ) -> Tensor:
     """The ``top_k`` best keys of every token: topk_indices over indexer_logits, causal mask first.
 
-    A token that sees fewer than ``top_k`` keys gets all of them, then -1. Indices are local to the request, ascending
-    where ``sorted_indices`` is claimed. One index set per token serves all attention heads and all tensor-parallel
-    ranks, so a deterministic kernel matters. Fused kernels keep no more than a tile of scores.
+    A token that sees fewer than ``top_k`` keys with a score above −inf gets all of these, then -1. Indices are local to
+    the request, ascending where ``sorted_indices`` is claimed. One index set per token serves all attention heads and
+    all tensor-parallel ranks, so a deterministic kernel matters. Fused kernels keep no more than a tile of scores.
     """
     T = q.shape[0]
     width = block_table.shape[1] * index_cache.shape[1]

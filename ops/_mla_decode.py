@@ -183,7 +183,7 @@ SPEC = OpSpec(
     ),
     dtypes={"F": FLOATS, "C": (*FLOATS, "uint8")},
     constraints=cache_constraints(),
-    rounding="scores and softmax in fp32; probabilities rounded to q's dtype before the product with the values",
+    rounding="scores and softmax in fp32; probabilities may be rounded to q's dtype before the product with the values",
     attributes=("deterministic", "batch_invariant", "graph_safe"),
     samples=samples,
     inputs=inputs,

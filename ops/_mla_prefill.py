@@ -176,7 +176,7 @@ SPEC = OpSpec(
         Out("lse", "T H", "acc", "natural log of the sum of exponentials, −inf where there was no key"),
     ),
     dtypes={"F": FLOATS},
-    rounding="scores and softmax in fp32; probabilities rounded to q's dtype before the product with the values",
+    rounding="scores and softmax in fp32; probabilities may be rounded to q's dtype before the product with the values",
     attributes=("deterministic", "batch_invariant", "graph_safe"),
     samples=samples,
     inputs=inputs,

@@ -166,7 +166,7 @@ SPEC = OpSpec(
         *ROPE_TABLES,
         Arg("w_q_b", "H*(K+2*I) Q", "F", "q_b_proj: per head nope rows, then rope rows"),
         Arg("w_kv_a", "L+2*I E", "F", "kv_a_proj_with_mqa: latent rows, then rope rows"),
-        Arg("kv_a_norm", "L", "W", "gain of kv_a_layernorm, in the activations' dtype or float32"),
+        Arg("kv_a_norm", "L", "W", "gain of kv_a_layernorm, in q_a_norm's dtype"),
         KV_CACHE,
         writes.SLOTS,
         ROPE_CACHE,

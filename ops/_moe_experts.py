@@ -34,9 +34,9 @@ def moe_experts(
     limit: float | None = None,
     weight_format: str = "plain",
 ) -> Tensor:
-    """out[t] = Σ_k topk_weights[t, k] · w_down[e] (silu(gate) · up) + shared[t], with e = topk_ids[t, k] and
-    gate ‖ up = w_gate_up[e] x[t].
+    """out[t] = Σ_k topk_weights[t, k] · w_down[e] (silu(gate) · up) + shared[t], where e = topk_ids[t, k].
 
+    gate ‖ up = w_gate_up[e] x[t].
     ``w_gate_up`` holds the gate's rows first, then up's. Id −1 is an expert of another rank: it contributes nothing,
     and its weight is not read. Weights include routed_scaling_factor; ``shared``, the shared expert's result, is added
     unscaled. ``limit`` clamps as in silu_and_mul. Made of moe_permute, grouped_gemm, silu_and_mul, grouped_gemm and

@@ -18,8 +18,10 @@ EXACT_SCORES = 0.0
 def topk_indices(scores: Tensor, seq_lens: Tensor, *, top_k: int) -> Tensor:
     """The ``top_k`` highest of the first ``seq_lens[t]`` scores of each row, as ascending indices, -1 at the tail.
 
-    A total order: score descending, then index ascending; −0.0 equals +0.0. NaN and −inf are never chosen, so a row
-    with fewer than ``top_k`` eligible scores ends in -1. What lies at or beyond ``seq_lens[t]`` is not read.
+    A total order: score descending, then index ascending; −0.0 equals +0.0. Kernels that claim ``canonical_ties`` and
+    ``sorted_indices`` give exactly this; others may choose otherwise among equal scores, and list in any order. NaN and
+    −inf are never chosen, so a row with fewer than ``top_k`` eligible scores ends in -1. What lies at or beyond
+    ``seq_lens[t]`` is not read.
     """
     T, S = scores.shape
     positions = torch.arange(S, device=scores.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from glm5_hal.backend import Kernel, kernel
-from glm5_hal.capability import dtype
+from glm5_hal.capability import dtype, when
 from glm5_hal.plan import host_list
 
 #: Heads that are widened at a time, which bounds the memory of it.
@@ -27,7 +27,15 @@ _flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_c
 @kernel(
     "mla_prefill",
     "sdpa",
-    requires=(dtype("q", "bfloat16", "float16", "float32"),),
+    requires=(
+        dtype("q", "bfloat16", "float16", "float32"),
+        when(
+            lambda call: call.scalars["scale"] > 0,
+            "torch masks before it scales: only a positive scale keeps −inf",
+            "use a positive scale, or another kernel",
+            reads=(("scale", "value"),),
+        ),
+    ),
     provides=("deterministic",),
 )
 def mla_prefill(
