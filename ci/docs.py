@@ -59,7 +59,8 @@ def overview() -> str:
         "Conventions: tensors are token-major; `cu_seqlens_q` are offsets of ragged batches; causal is bottom-right "
         "aligned; attention returns `(out, lse)`, natural log, −inf for an empty row; indices are int32 and local to the "
         "request; −1 is the only invalid index; `slot_mapping` is int64 and −1 skips a token; `cos` and `sin` are inputs; "
-        "the softmax scale is always an argument; an op computes in fp32 and rounds once, unless its page says otherwise.\n",
+        "the softmax scale is always an argument; an op computes in fp32 and rounds once, unless its page says otherwise; a NaN or an infinity in a "
+        "token's inputs is never turned into a number (so masks are −inf, not −1e30), and never reaches another token.\n",
     ]
     unknown = {s.group for s in specs().values()} - GROUPS.keys()
     if unknown:

@@ -18,7 +18,7 @@ from glm5_hal.conformance import oracle
 from glm5_hal.conformance.checks.accuracy import judge
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.conformance.trial import Finding, Trial
-from glm5_hal.spec import BitExact, Given
+from glm5_hal.spec import BitExact, Given, Selection
 
 VALUES = (float("nan"), float("inf"))
 
@@ -74,6 +74,8 @@ def _judge(trial: Trial, args: Mapping[str, Any], spoilt: Run, value: float) -> 
         outs[name] = torch.where(_wide(touched, y), trial.first.outs[name], run.outs[name])
         rule = trial.spec.accuracy[name]
         reached = torch.ones_like(y, dtype=torch.bool) if isinstance(rule, BitExact) else _wide(mine, y)
+        if isinstance(rule, Selection) and (odd := _no_choice(name, rule, args, run.outs[name], touched)):
+            return Finding(False, odd)
         judged = y.is_floating_point() and not isinstance(rule, Given)  # which follows from what was selected
         if judged and (lost := _lost(name, y, run.outs[name], reached, value)):
             return Finding(False, lost)
@@ -91,6 +93,19 @@ def _own_rows(trial: Trial, args: Mapping[str, Any], lead: str) -> Tensor | None
     rows = [n for n in _per_row(trial) if trial.spec.tensors[n].dims.split()[0] == lead]
     spoilt = [(~args[n].isfinite()).flatten(1).any(1) for n in rows]
     return torch.stack(spoilt).any(0) if spoilt else None
+
+
+def _no_choice(name: str, rule: Selection, args: Mapping[str, Any], chosen: Tensor, rows: Tensor) -> str:
+    """What is wrong with indices [T, K] of these rows, whatever the scores: others read by them."""
+    width, least = rule.scores(args)[0].shape[1], -1 if rule.padded else 0
+    for row in rows.nonzero().flatten().tolist():
+        mine = chosen[row].tolist()
+        beyond = [i for i in mine if not least <= i < width]
+        taken = [i for i in mine if i >= 0]
+        if beyond or len(set(taken)) < len(taken):
+            said = f"{beyond[0]} is none of {width}" if beyond else "one is there twice"
+            return f"{name}[{row}] is no choice: {said}"
+    return ""
 
 
 def _lost(name: str, y: Tensor, x: Tensor, mine: Tensor, value: float) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -29,18 +28,18 @@ from glm5_hal.ops._common import references
 
 
 def check(trial: Trial) -> Finding:
-    kernel, entered = trial.kernel, Counter[CodeType]()
+    kernel, entered = trial.kernel, Entered()
     placed, host = trial.place(trial.inputs.args), Transfers(trial.device)
     with _noting(entered), nullcontext() if trial.device.split(":")[0] == "cpu" else operations(host):
         trial.call(**placed)
     own = code_of(kernel.fn)
-    if own is not None and not entered[own]:
+    if own is not None and not entered.has(own):
         return Finding(False, f"the chosen kernel {kernel.provider} did not run")
-    if reentered(trial.spec.name, entered) > 1:
+    if entered.of_op(trial.spec.name) > 1:
         return Finding(False, f"calls glm5_hal.ops.{trial.spec.name}, the op that it is a kernel of")
     if kernel.provider != "reference":
-        for code, what in _forbidden(trial).items():
-            if entered[code]:
+        for code, what in _forbidden(trial):
+            if entered.has(code):
                 return Finding(False, f"runs {what}")
     return Finding(not host.moved, f"moves {', '.join(host.moved)} to the host" if host.moved else "")
 
@@ -54,20 +53,34 @@ def code_of(fn: Callable[..., Any]) -> CodeType | None:
     return found if isinstance(found, CodeType) else None
 
 
-def reentered(op: str, entered: Counter[CodeType]) -> int:
-    """How often an op was called. Its functions are compiled anew whenever its table needs it: known by their name."""
-    return sum(
-        times
-        for code, times in entered.items()
-        if code.co_filename == f"<glm5_hal op {op}>" and code.co_name in ("__call__", "from_torch")
-    )
+class Entered:
+    """Python code that was entered, and how often. By identity: code of the same text in another file is equal."""
+
+    def __init__(self) -> None:
+        self._times: dict[int, int] = {}
+        self._codes: dict[int, CodeType] = {}
+
+    def add(self, code: CodeType) -> None:
+        self._codes[id(code)] = code  # kept, so that its id is nobody else's
+        self._times[id(code)] = self._times.get(id(code), 0) + 1
+
+    def has(self, code: CodeType) -> bool:
+        return id(code) in self._times
+
+    def of_op(self, op: str) -> int:
+        """How often an op was called. Its functions are compiled anew whenever its table needs it: known by name."""
+        return sum(
+            self._times[key]
+            for key, code in self._codes.items()
+            if code.co_filename == f"<glm5_hal op {op}>" and code.co_name in ("__call__", "from_torch")
+        )
 
 
 @contextmanager
-def _noting(entered: Counter[CodeType]) -> Iterator[None]:
+def _noting(entered: Entered) -> Iterator[None]:
     def note(frame: FrameType, event: str, arg: Any) -> None:
         if event == "call":
-            entered[frame.f_code] += 1
+            entered.add(frame.f_code)
 
     before, of_threads = sys.getprofile(), threading.getprofile()
     threading.setprofile(note)
@@ -79,23 +92,24 @@ def _noting(entered: Counter[CodeType]) -> Iterator[None]:
         threading.setprofile(of_threads)
 
 
-def _forbidden(trial: Trial) -> dict[CodeType, str]:
+def _forbidden(trial: Trial) -> list[tuple[CodeType, str]]:
     """What a kernel of this op must not enter, in words."""
     name, own = trial.spec.name, trial.kernel
-    found: dict[CodeType | None, str] = {code_of(fn): "the suite's oracle" for fn in (oracle.truth, oracle.emulation)}
+    found: list[tuple[Callable[..., Any], str]] = [(f, "the suite's oracle") for f in (oracle.truth, oracle.emulation)]
     for op, spec in ops.specs().items():
         if not spec.composite:  # a composite's body runs whenever another op's kernel calls the composite
-            found[code_of(spec.reference)] = f"glm5_hal's reference of {op}"
+            found.append((spec.reference, f"glm5_hal's reference of {op}"))
         if spec.emulate is not None and not spec.composite:
-            found[code_of(spec.emulate)] = f"glm5_hal's emulation of {op}"
+            found.append((spec.emulate, f"glm5_hal's emulation of {op}"))
     if own.provider != "composite":
-        found[code_of(trial.spec.reference)] = f"glm5_hal's reference of {name}"
-    for fn in (references.reference_of, references.loosest(_nothing)):
-        found.setdefault(code_of(fn), "glm5_hal's references")
-    for whose, kernel in _kernels_of(name):
-        if kernel.provider != "composite" and code_of(kernel.fn) is not code_of(own.fn):
-            found.setdefault(code_of(kernel.fn), f"{whose}:{kernel.provider}, another kernel of {name}")
-    return {code: what for code, what in found.items() if code is not None}
+        found.append((trial.spec.reference, f"glm5_hal's reference of {name}"))
+    found += [(fn, "glm5_hal's references") for fn in (references.reference_of, references.loosest(_nothing))]
+    found += [
+        (kernel.fn, f"{whose}:{kernel.provider}, another kernel of {name}")
+        for whose, kernel in _kernels_of(name)
+        if kernel.provider != "composite" and code_of(kernel.fn) is not code_of(own.fn)
+    ]
+    return [(code, what) for fn, what in found if (code := code_of(fn)) is not None]
 
 
 def _nothing() -> None: ...

@@ -78,3 +78,15 @@ def test_a_nan_is_not_lost_on_its_way_into_a_cache_or_to_an_expert(op: str, name
     how: dict[str, Any] = {"samples": ("rows-latent_576", "tokens")}
     assert caught_by(op, swallows, **how) == {"nonfinite"}
     assert said(op, swallows, "nonfinite", **how).endswith(what)
+
+
+def test_a_router_that_meets_a_nan_still_names_experts() -> None:
+    right = honest.route()
+
+    def lost(a: Args) -> Any:
+        weights, ids = right(a)
+        return weights, ids.masked_fill(~a.router_logits.isfinite().all(-1, keepdim=True), 1 << 20)
+
+    how: dict[str, Any] = {"dtypes": ("float32",)}
+    assert caught_by("moe_route", lost, **how) == {"nonfinite"}
+    assert " is no choice: 1048576 is none of " in said("moe_route", lost, "nonfinite", **how)

@@ -104,6 +104,18 @@ def test_ops_that_are_not_its_own_are_the_kernels_business() -> None:
     assert [r.verdict for r in results] == ["PASS"]
 
 
+def test_the_same_code_in_another_file_is_another_kernel() -> None:
+    from types import FunctionType
+
+    right = next(k.fn for k in _torch.kernels() if k.op == "silu_and_mul")
+    copy = FunctionType(right.__code__.replace(co_filename="vendor.py"), right.__globals__, "silu_and_mul")
+    copy.__defaults__, copy.__kwdefaults__ = right.__defaults__, right.__kwdefaults__
+    assert copy.__code__ == right.__code__
+    assert copy.__code__ is not right.__code__
+    (result,) = judge("silu_and_mul", copy, dtypes=("float32",), samples=("tokens",))
+    assert (result.verdict, result.checks["provenance"]) == ("PASS", "ok")
+
+
 def test_a_kernel_that_the_dispatcher_does_not_reach_is_caught() -> None:
     (case,) = find(["rms_norm[float32-tokens]"])
     right, never = kernel("rms_norm", honest.rms_norm()), lambda x, weight, *, eps: x
