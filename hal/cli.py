@@ -43,8 +43,18 @@ def main() -> None:
     try:
         app()
     except HalError as problem:
-        typer.echo(f"error {problem}", err=True)
-        sys.exit(3 if problem.code in UNAVAILABLE else 1 if problem.code in FAILURES else 2)
+        sys.exit(_failed(problem))
+    except Exception as problem:
+        from glm5_hal.autoload import blamed
+
+        if (cause := blamed(problem)) is None:
+            raise
+        sys.exit(_failed(cause))
+
+
+def _failed(problem: HalError) -> int:
+    typer.echo(f"error {problem}", err=True)
+    return 3 if problem.code in UNAVAILABLE else 1 if problem.code in FAILURES else 2
 
 
 def _print(as_json: bool, data: object, shown: Callable[[], Sequence[RenderableType]]) -> None:

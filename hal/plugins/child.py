@@ -253,8 +253,14 @@ def answer(job: dict[str, Any], until: float, last: str) -> None:
     if isinstance(found, Unavailable) or last == "probe":
         os._exit(0)
     _expire(KERNEL_DEADLINE - 0.5)
+    from glm5_hal.autoload import import_torch
     from glm5_hal.trial import tiny_kernel
 
+    try:
+        import_torch()
+    except HalError as problem:
+        _say(channel, "kernel", f"failed: {problem.what}; {problem.fix}")
+        os._exit(0)
     _say(channel, "kernel", tiny_kernel(record))
     os._exit(0)
 
