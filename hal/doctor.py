@@ -16,6 +16,7 @@ from glm5_hal import context, plugins
 from glm5_hal import policy as policies
 from glm5_hal.backend import Device
 from glm5_hal.errors import HalError
+from glm5_hal.ops import names
 from glm5_hal.plugins import Checkup
 
 if TYPE_CHECKING:
@@ -58,12 +59,15 @@ class Diagnosis:
 
 def examine(timeout: float = 20.0) -> Diagnosis:
     """Look at every installed backend and at the environment's settings."""
-    patients = tuple(_patient(checked) for checked in plugins.check_up_all(context.catalogue().found, timeout))
+    checkups = plugins.check_up_all(context.catalogue().found, timeout)
+    patients = tuple(map(_patient, checkups))
     settings: dict[str, str] = {}
     problem = ""
     try:
         found = policies.from_environment(os.environ)
-        context.validate(found.policy)
+        # From what was told of them: to ask the plugins here could end or hang the doctor.
+        offered = {c.record.name: c.providers for c in checkups if c.providers is not None}
+        policies.validate(found.policy, names(), context.catalogue().names, offered.get)
         settings = {
             "GLM5_BACKEND": f"{found.policy.text} ({found.policy.provenance})",
             "GLM5_LOG": f"{found.log.level} ({found.log.provenance})",
@@ -103,9 +107,11 @@ def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in REPORTED:
         try:
-            found[name] = metadata.version(name)
+            found[name] = metadata.version(name) or "without a version"
         except metadata.PackageNotFoundError:
             continue
+        except (OSError, ValueError) as problem:
+            found[name] = f"cannot be read: {problem}"
     return found
 
 
