@@ -18,6 +18,7 @@ from glm5_hal.backend import Device
 from glm5_hal.errors import HalError
 from glm5_hal.ops import names
 from glm5_hal.plugins import Checkup
+from glm5_hal.plugins.record import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -81,13 +82,14 @@ def examine(timeout: float = 20.0) -> Diagnosis:
 
 def _patient(checked: Checkup) -> Patient:
     record, found, kernel = checked.record, checked.found, checked.kernel
+    kernel = printable(kernel)
     about: dict[str, Any] = {"name": record.name, "source": record.origin, "output": record.output}
     about["communicator"] = record.communicator or ""
     if record.status != "ok" or found is None:
         return Patient(state="broken", finding=record.reason, fix=record.fix, **about)
     if not isinstance(found, Device):
         state = "broken" if found.fault else "absent"
-        return Patient(state=state, finding=found.reason, fix=found.fix, **about)
+        return Patient(state=state, finding=printable(found.reason), fix=printable(found.fix), **about)
     facts = {
         "type": found.type,
         "name": found.name,
@@ -96,7 +98,7 @@ def _patient(checked: Checkup) -> Patient:
         "evidence": found.evidence,
         "versions": dict(found.versions),
     }
-    finding, fix = f"{found.name} ({found.arch}), {found.count} visible", ""
+    finding, fix = printable(f"{found.name} ({found.arch}), {found.count} visible"), ""
     if kernel.startswith("failed"):
         fix = "reinstall the backend's package, or report this output to its vendor"
     state = "broken" if fix else "ok"

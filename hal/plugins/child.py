@@ -28,7 +28,7 @@ from glm5_hal.errors import HalError
 from glm5_hal.plugins.isolation import OUTPUT_LIMIT, told
 from glm5_hal.plugins.loading import load
 from glm5_hal.plugins.probing import PROBE_DEADLINE, hardware_fix, probe
-from glm5_hal.plugins.record import Defect, PluginRecord
+from glm5_hal.plugins.record import TRIAL, Defect, PluginRecord
 
 #: Seconds that a child may take to be gone once it has answered or was killed.
 GRACE = 2.0
@@ -128,6 +128,7 @@ def _start(record: PluginRecord, deadline: float, last: str) -> subprocess.Popen
         stderr=subprocess.PIPE,
         bufsize=0,
         start_new_session=True,
+        env={**os.environ, TRIAL: "1"},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from glm5_hal import hookspecs
 from glm5_hal.plugins.given import given_record
 from glm5_hal.plugins.isolation import told
 from glm5_hal.plugins.loading import LOAD_DEADLINE, load
-from glm5_hal.plugins.record import DISTRIBUTION, Defect, PluginRecord
+from glm5_hal.plugins.record import DISTRIBUTION, TRIAL, Defect, PluginRecord
 
 
 def find(
@@ -24,9 +25,16 @@ def find(
     Plugins that are ``given`` by path or module are, since their own answer has their name.
     """
     found = _installed() if entry_points is None else (_unloaded(point, point.dist) for point in entry_points)
-    named = (load(given_record(path), LOAD_DEADLINE) for path in given)
-    once = {(_canonical(r.dist), r.name, r.value, r.reason): r for r in (*found, *named)}
+    named = (load(_unless_nested(given_record(path)), LOAD_DEADLINE) for path in given)
+    once = {(_canonical(r.dist), r.name, r.value, r.reason): r for r in (*map(_unless_nested, found), *named)}
     return tuple(sorted(once.values(), key=order))
+
+
+def _unless_nested(record: PluginRecord) -> PluginRecord:
+    if record.builtin or record.status != "ok" or TRIAL not in os.environ:
+        return record
+    reason = f"a plugin that is being tried started this process, where {record.value!r} is not loaded"
+    return record.failed(Defect("NESTED", reason, "start no process while a plugin is imported or probed", "refused"))
 
 
 def settle(same: Sequence[PluginRecord]) -> tuple[PluginRecord, ...]:
