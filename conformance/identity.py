@@ -57,9 +57,11 @@ def _installed() -> dict[str, str]:
     found = {}
     for name in VERSIONS:
         try:
-            found[name] = metadata.version(name)
+            found[name] = metadata.version(name) or "without a version"
         except metadata.PackageNotFoundError:
             continue
+        except (OSError, ValueError) as problem:
+            found[name] = f"cannot be read: {problem}"
     return found
 
 

@@ -7,8 +7,11 @@ imported until a command needs it.
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,11 +43,75 @@ FAILURES = ("NO_KERNEL", "KERNEL")
 
 def main() -> None:
     """Run the command line; a HalError becomes its text on stderr and the right exit code."""
+    with _own_stdout() as owned:
+        code = _code()
+    if owned and isinstance(code, int) and _hosts_strangers():
+        sys.stderr.flush()
+        os._exit(code)  # what an outside plugin leaves behind, a thread or an exit handler, may never end
+    sys.exit(code)
+
+
+def _code() -> int | str | None:
     try:
         app()
+    except SystemExit as left:
+        return left.code or 0
     except HalError as problem:
-        typer.echo(f"error {problem}", err=True)
-        sys.exit(3 if problem.code in UNAVAILABLE else 1 if problem.code in FAILURES else 2)
+        return _failed(problem)
+    except Exception as problem:
+        from glm5_hal.autoload import blamed
+
+        if (cause := blamed(problem)) is None:
+            raise
+        return _failed(cause)
+    return 0
+
+
+def _failed(problem: HalError) -> int:
+    typer.echo(f"error {_printable(str(problem))}", err=True)
+    return 3 if problem.code in UNAVAILABLE else 1 if problem.code in FAILURES else 2
+
+
+def _printable(text: str) -> str:
+    from glm5_hal.plugins.record import printable
+
+    return printable(text)
+
+
+@contextmanager
+def _own_stdout() -> Iterator[bool]:
+    """Keep stdout for what we print: a plugin, or a process that it starts, which writes to descriptor 1 writes to
+    stderr. Not where this process's stdout is something else already, as in a test: then False."""
+    before = sys.stdout
+    if hasattr(before, "reconfigure"):  # a name may hold what the terminal's encoding lacks
+        before.reconfigure(errors="backslashreplace")
+    try:
+        if before.fileno() != 1:
+            raise OSError
+        before.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except (AttributeError, OSError, ValueError):
+        yield False
+        return
+    sys.stdout = open(kept, "w", encoding=before.encoding, errors="backslashreplace")  # noqa: SIM115
+    try:
+        yield True
+    finally:
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+        os.dup2(kept, 1)
+        sys.stdout = before
+
+
+def _hosts_strangers() -> bool:
+    """Whether an outside plugin was loaded in this process, or a thread is left that would be waited for."""
+    context = sys.modules.get("glm5_hal.context")
+    loaded = context is not None and any(
+        not record.builtin and record.root in sys.modules for record in context.catalogue().found
+    )
+    left = (t for t in threading.enumerate() if t is not threading.current_thread() and not t.daemon)
+    return loaded or any(left)
 
 
 def _print(as_json: bool, data: object, shown: Callable[[], Sequence[RenderableType]]) -> None:
@@ -56,7 +123,7 @@ def _print(as_json: bool, data: object, shown: Callable[[], Sequence[RenderableT
 
     console = Console(markup=False, highlight=False)
     for part in shown():
-        typer.echo(part) if isinstance(part, str) else console.print(part)
+        typer.echo(_printable(part)) if isinstance(part, str) else console.print(part)
 
 
 @app.command("list")

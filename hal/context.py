@@ -48,6 +48,7 @@ class _Process:
     def __init__(self) -> None:
         self.catalogue = Catalogue(given=_given)
         self.settings: Settings | None = None
+        self.policy: Policy | None = None
 
 
 _process = _Process()
@@ -84,12 +85,22 @@ def installed(these: Catalogue) -> Iterator[Catalogue]:
 
 
 def settings() -> Settings:
-    """The environment's settings, read once. Raises HalError for a bad value or a near miss of a variable's name."""
+    """The environment's settings, read once. Raises HalError for a bad value or a near miss of a variable's name.
+
+    The names in its policy are not looked up: a plugin that nobody uses here must not be loaded for GLM5_LOG.
+    """
     if _process.settings is None:
-        found = policies.from_environment(os.environ)
-        validate(found.policy)
-        _process.settings = found
+        _process.settings = policies.from_environment(os.environ)
     return _process.settings
+
+
+def _policy() -> Policy:
+    """The environment's, every name in it looked up, once."""
+    if _process.policy is None:
+        found = settings().policy
+        validate(found)
+        _process.policy = found
+    return _process.policy
 
 
 def reset() -> None:
@@ -118,7 +129,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
 def effective() -> tuple[Policy, frozenset[str], str]:
     """Policy, required attributes and checking that hold here and now."""
     current = active.get() or _DEFAULT
-    return current.policy or settings().policy, current.require, current.check
+    return current.policy or _policy(), current.require, current.check
 
 
 def validate(policy: Policy) -> None:

@@ -16,7 +16,9 @@ from glm5_hal import context, plugins
 from glm5_hal import policy as policies
 from glm5_hal.backend import Device
 from glm5_hal.errors import HalError
+from glm5_hal.ops import names
 from glm5_hal.plugins import Checkup
+from glm5_hal.plugins.record import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -58,12 +60,15 @@ class Diagnosis:
 
 def examine(timeout: float = 20.0) -> Diagnosis:
     """Look at every installed backend and at the environment's settings."""
-    patients = tuple(_patient(checked) for checked in plugins.check_up_all(context.catalogue().found, timeout))
+    checkups = plugins.check_up_all(context.catalogue().found, timeout)
+    patients = tuple(map(_patient, checkups))
     settings: dict[str, str] = {}
     problem = ""
     try:
         found = policies.from_environment(os.environ)
-        context.validate(found.policy)
+        # From what was told of them: to ask the plugins here could end or hang the doctor.
+        offered = {c.record.name: c.providers for c in checkups if c.providers is not None}
+        policies.validate(found.policy, names(), context.catalogue().names, offered.get)
         settings = {
             "GLM5_BACKEND": f"{found.policy.text} ({found.policy.provenance})",
             "GLM5_LOG": f"{found.log.level} ({found.log.provenance})",
@@ -77,13 +82,14 @@ def examine(timeout: float = 20.0) -> Diagnosis:
 
 def _patient(checked: Checkup) -> Patient:
     record, found, kernel = checked.record, checked.found, checked.kernel
+    kernel = printable(kernel)
     about: dict[str, Any] = {"name": record.name, "source": record.origin, "output": record.output}
     about["communicator"] = record.communicator or ""
     if record.status != "ok" or found is None:
         return Patient(state="broken", finding=record.reason, fix=record.fix, **about)
     if not isinstance(found, Device):
         state = "broken" if found.fault else "absent"
-        return Patient(state=state, finding=found.reason, fix=found.fix, **about)
+        return Patient(state=state, finding=printable(found.reason), fix=printable(found.fix), **about)
     facts = {
         "type": found.type,
         "name": found.name,
@@ -92,7 +98,7 @@ def _patient(checked: Checkup) -> Patient:
         "evidence": found.evidence,
         "versions": dict(found.versions),
     }
-    finding, fix = f"{found.name} ({found.arch}), {found.count} visible", ""
+    finding, fix = printable(f"{found.name} ({found.arch}), {found.count} visible"), ""
     if kernel.startswith("failed"):
         fix = "reinstall the backend's package, or report this output to its vendor"
     state = "broken" if fix else "ok"
@@ -103,9 +109,11 @@ def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in REPORTED:
         try:
-            found[name] = metadata.version(name)
+            found[name] = metadata.version(name) or "without a version"
         except metadata.PackageNotFoundError:
             continue
+        except (OSError, ValueError) as problem:
+            found[name] = f"cannot be read: {problem}"
     return found
 
 

@@ -20,17 +20,18 @@ def inventory() -> dict[str, Any]:
     catalogue = context.catalogue()
     backends = []
     for record in (c.record for c in plugins.check_up_all(catalogue.found, plugins.LOAD_DEADLINE, "load")):
-        status, reason, providers = record.status, record.reason, None
+        status, reason, fix, providers = record.status, record.reason, record.fix, None
         if record.builtin and record.status == "ok":
             try:
                 providers = catalogue.providers(record.name)
             except HalError as problem:
-                status, reason = "broken", problem.what
+                status, reason, fix = "broken", problem.what, problem.fix
         backends.append(
             {
                 "name": record.name,
                 "status": status,
                 "reason": reason,
+                "fix": fix,
                 "device_type": record.device_type,
                 "providers": [p for p in providers or () if p != "composite"],
                 "dist": record.dist,
@@ -62,6 +63,7 @@ def inventory() -> dict[str, Any]:
 def tables(found: Mapping[str, Any]) -> list[RenderableType]:
     """The inventory for a terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     ops = Table("op", "group", "since", "what it computes", header_style="bold")
     for op in found["ops"]:
@@ -74,4 +76,5 @@ def tables(found: Mapping[str, Any]) -> list[RenderableType]:
     formats = Table("cache format", "kind", "layout", header_style="bold")
     for f in found["cache_formats"]:
         formats.add_row(f["name"], f["kind"], f["layout"])
-    return [ops, backends, formats]
+    wrong = [Text(f"{b['name']}: {b['reason']}\n  fix: {b['fix']}") for b in found["backends"] if b["reason"]]
+    return [ops, backends, *wrong, formats]

@@ -29,9 +29,10 @@ else:
             from glm5_hal.errors import suggest
 
             raise AttributeError(f"no op {name!r}; {suggest(name, names())}")
+        all_specs = specs()  # before dispatch: they import torch with care
         from glm5_hal.dispatch import make_op
 
-        op = globals()[name] = make_op(specs()[name])
+        op = globals()[name] = make_op(all_specs[name])
         return op
 
 
@@ -43,7 +44,10 @@ def names() -> tuple[str, ...]:
 
 @cache
 def specs() -> dict[str, OpSpec]:
-    """The declaration of every op, by name."""
+    """The declaration of every op, by name. Raises HalError where torch cannot be imported."""
+    from glm5_hal.autoload import import_torch
+
+    import_torch()
     return {name: importlib.import_module(f"{__name__}._{name}").SPEC for name in names()}
 
 

@@ -11,6 +11,9 @@ from glm5_hal.hookspecs import hookimpl
 
 
 def probe() -> Device | Unavailable:
+    from glm5_hal.autoload import import_torch
+
+    import_torch()
     import torch
 
     return Device(

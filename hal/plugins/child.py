@@ -28,7 +28,7 @@ from glm5_hal.errors import HalError
 from glm5_hal.plugins.isolation import OUTPUT_LIMIT, told
 from glm5_hal.plugins.loading import load
 from glm5_hal.plugins.probing import PROBE_DEADLINE, hardware_fix, probe
-from glm5_hal.plugins.record import Defect, PluginRecord
+from glm5_hal.plugins.record import TRIAL, Defect, PluginRecord
 
 #: Seconds that a child may take to be gone once it has answered or was killed.
 GRACE = 2.0
@@ -50,6 +50,7 @@ class Checkup:
         record: without its backend, which lives in the child; a plugin that needed no child is loaded here.
         found: what the probe answered.
         kernel: what a tiny kernel gave.
+        providers: of its kernels, where these were asked for and given.
         ended: what ended or hung the child, if anything did: a reason not to do the same in this process. A plugin that
             is broken in an orderly way, or a probe that raises, is none.
     """
@@ -58,6 +59,7 @@ class Checkup:
     found: Device | Unavailable | None = None
     kernel: str = ""
     ended: str = ""
+    providers: tuple[str, ...] | None = None
 
 
 def check_up(record: PluginRecord, deadline: float = PROBE_DEADLINE, last: str = "kernel") -> Checkup:
@@ -107,7 +109,8 @@ def _told(record: PluginRecord, answers: dict[str, Any], stage: str = "", end: s
         return Checkup(record, answers["probe"], f"failed: {ended}", ended)
     # The child tells of one crash itself: that its own pipes were closed.
     ended = record.reason if record.code == "CRASH" else ""
-    return Checkup(record, answers.get("probe"), answers.get("kernel", ""), ended)
+    said, providers = answers.get("kernel", ("", None))
+    return Checkup(record, answers.get("probe"), said, ended, providers)
 
 
 # --- the parent's side -----------------------------------------------------------------------------------------------
@@ -125,6 +128,7 @@ def _start(record: PluginRecord, deadline: float, last: str) -> subprocess.Popen
         stderr=subprocess.PIPE,
         bufsize=0,
         start_new_session=True,
+        env={**os.environ, TRIAL: "1"},
     )
 
 
@@ -227,6 +231,9 @@ def _understood(line: bytes, stage: str, answers: dict[str, Any]) -> bool:
             said = {key: said[key] for key in _TOLD} | {"smi": tuple(said["smi"])}
         if stage == "probe":
             said = decoded(said)
+        if stage == "kernel":
+            text, offered = said
+            said = str(text), None if offered is None else tuple(map(str, offered))
         answers[stage] = said
     except (ValueError, TypeError, KeyError, HalError):
         return False
@@ -253,10 +260,24 @@ def answer(job: dict[str, Any], until: float, last: str) -> None:
     if isinstance(found, Unavailable) or last == "probe":
         os._exit(0)
     _expire(KERNEL_DEADLINE - 0.5)
+    from glm5_hal.autoload import import_torch
     from glm5_hal.trial import tiny_kernel
 
-    _say(channel, "kernel", tiny_kernel(record))
+    try:
+        import_torch()
+    except HalError as problem:
+        _say(channel, "kernel", (f"failed: {problem.what}; {problem.fix}", None))
+        os._exit(0)
+    said = tiny_kernel(record)
+    _say(channel, "kernel", (said, None if said.startswith("failed") else _providers(record)))
     os._exit(0)
+
+
+def _providers(record: PluginRecord) -> tuple[str, ...] | None:
+    """Of kernels that were loaded once already, without a complaint."""
+    from glm5_hal.catalogue import Catalogue
+
+    return Catalogue((record,)).providers(record.name)
 
 
 def _expire(seconds: float) -> None:

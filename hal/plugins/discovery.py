@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from importlib import metadata
+from dataclasses import replace
+from importlib import metadata, util
+from pathlib import Path
 
+import glm5_hal
 from glm5_hal import hookspecs
 from glm5_hal.plugins.given import given_record
 from glm5_hal.plugins.isolation import told
 from glm5_hal.plugins.loading import LOAD_DEADLINE, load
-from glm5_hal.plugins.record import DISTRIBUTION, Defect, PluginRecord
-
-log = logging.getLogger("glm5_hal.plugins")
+from glm5_hal.plugins.record import DISTRIBUTION, TRIAL, Defect, PluginRecord
 
 
 def find(
@@ -24,9 +25,16 @@ def find(
     Plugins that are ``given`` by path or module are, since their own answer has their name.
     """
     found = _installed() if entry_points is None else (_unloaded(point, point.dist) for point in entry_points)
-    named = (load(given_record(path), LOAD_DEADLINE) for path in given)
-    once = {(_canonical(record.dist), record.name, record.value): record for record in (*found, *named)}
+    named = (load(_unless_nested(given_record(path)), LOAD_DEADLINE) for path in given)
+    once = {(_canonical(r.dist), r.name, r.value, r.reason): r for r in (*map(_unless_nested, found), *named)}
     return tuple(sorted(once.values(), key=order))
+
+
+def _unless_nested(record: PluginRecord) -> PluginRecord:
+    if record.builtin or record.status != "ok" or TRIAL not in os.environ:
+        return record
+    reason = f"a plugin that is being tried started this process, where {record.value!r} is not loaded"
+    return record.failed(Defect("NESTED", reason, "start no process while a plugin is imported or probed", "refused"))
 
 
 def settle(same: Sequence[PluginRecord]) -> tuple[PluginRecord, ...]:
@@ -38,38 +46,74 @@ def settle(same: Sequence[PluginRecord]) -> tuple[PluginRecord, ...]:
     return without_twins([load(record, None if record.builtin else LOAD_DEADLINE) for record in owned])
 
 
+def unreadable() -> tuple[PluginRecord, ...]:
+    """A record of every distribution whose entry points cannot be read, ours or not: it spoils them for all who ask."""
+    return tuple(record for record in _installed() if record.reason.startswith(UNREADABLE))
+
+
+#: What the reason of such a record begins with, and what it says where even an attempt would never end.
+UNREADABLE = "entry_points.txt cannot be read"
+NO_FILE = "is not a regular file"
+
+
 def _installed() -> Iterator[PluginRecord]:
-    """The entry points of our group, from one version of each distribution: the one that an import would see."""
+    """The entry points of our group, from one version of each distribution: the one that an import would see.
+
+    Of our own distribution all metadata counts: stale metadata that comes first must not hide our backends.
+    """
     seen: set[str] = set()
     for dist in metadata.distributions():
-        if not _announces(dist):
+        points, problem = _announced(dist)
+        if not points and not problem:
             continue
-        name, version = _identity(dist)
+        name = _identity(dist)[0]
         if name and _canonical(name) in seen:
             continue
-        seen.add(_canonical(name))
-        live = _live(dist, name) if name else dist
-        try:
-            points = [point for point in live.entry_points if point.group == hookspecs.GROUP]
-        except Exception as problem:  # noqa: BLE001 - any parser's error, in any Python
-            reason = f"entry_points.txt cannot be read: {told(problem)[0]}; it is in {dist.locate_file('')}"
-            record = PluginRecord(name or "unknown", "", name, version, builtin=_canonical(name) == DISTRIBUTION)
-            yield record.failed(Defect("METADATA", reason, record.remedy))
-            continue
-        yield from (_unloaded(point, live) for point in points)
+        if name and _canonical(name) != DISTRIBUTION:
+            seen.add(_canonical(name))
+            dist = _live(dist, name)
+            points, problem = _announced(dist)
+        if problem:
+            yield _illegible(dist, problem)
+        yield from (_unloaded(point, dist) for point in points)
 
 
-def _announces(dist: metadata.Distribution) -> bool:
-    """Whether our group is among its entry points, readable or not. One of which that cannot be said is logged."""
+def _announced(dist: metadata.Distribution) -> tuple[tuple[metadata.EntryPoint, ...], str]:
+    """The entry points of our group, and what is wrong with them or with the file as a whole."""
     try:
-        text = dist.read_text("entry_points.txt") or ""
-    except UnicodeDecodeError as problem:
-        text = problem.object.decode(errors="replace")
-    except (OSError, ValueError) as problem:
-        what = "entry_points.txt of %s in %s cannot be read; a backend that it announces is not seen: %s"
-        log.warning(what, _identity(dist)[0] or "an unknown distribution", dist.locate_file(""), problem)
-        return False
-    return hookspecs.GROUP in text
+        text = _text(dist, "entry_points.txt")
+        points = tuple(point for point in dist.entry_points if point.group == hookspecs.GROUP) if text else ()
+    except Exception as problem:  # noqa: BLE001 - any parser's error, in any Python
+        return (), f"{UNREADABLE}: {told(problem)[0]}"
+    groups = {group for group in _GROUP.findall(text) if _LIKE_OURS.fullmatch(group)}
+    if odd := ", ".join(f"[{group}]" for group in sorted(groups - {hookspecs.GROUP})):
+        return points, f"entry_points.txt has the group {odd}, which nobody reads: it is spelt [{hookspecs.GROUP}]"
+    if groups and not points:
+        mark = " after a byte order mark" if text.startswith("\ufeff") else ", without an entry that can be read"
+        return points, f"entry_points.txt has the group [{hookspecs.GROUP}]{mark}"
+    return points, ""
+
+
+#: A group's line, and what a vendor may write for our group.
+_GROUP = re.compile(r"^(?:\ufeff)?\s*\[([^\]\n]*)\]", re.MULTILINE)
+_LIKE_OURS = re.compile(r"\s*glm5[-_.\s]*hal[-_.\s]*backends?\s*", re.IGNORECASE)
+
+
+def _illegible(dist: metadata.Distribution, problem: str) -> PluginRecord:
+    name, version = _identity(dist)
+    record = PluginRecord(name or "unknown", "", name, version, builtin=False)
+    place = getattr(dist, "_path", dist.locate_file(""))
+    return record.failed(
+        Defect("METADATA", f"{problem}; it is in {place}", record.remedy if name else f"remove {place}")
+    )
+
+
+def _text(dist: metadata.Distribution, name: str) -> str:
+    """A file of its metadata. What is no regular file is not opened: a pipe would be waited for."""
+    folder = getattr(dist, "_path", None)  # no public name leads there
+    if isinstance(folder, Path) and folder.is_dir() and (folder / name).exists() and not (folder / name).is_file():
+        raise OSError(f"{folder / name} {NO_FILE}")
+    return dist.read_text(name) or ""
 
 
 def _live(dist: metadata.Distribution, name: str) -> metadata.Distribution:
@@ -89,6 +133,7 @@ def _live(dist: metadata.Distribution, name: str) -> metadata.Distribution:
 
 def _identity(dist: metadata.Distribution) -> tuple[str, str]:
     try:
+        _text(dist, "METADATA")
         return dist.metadata["Name"] or "", dist.metadata["Version"] or ""
     except Exception:  # noqa: BLE001 - metadata that cannot be read must not hide the other plugins
         return "", ""
@@ -96,7 +141,33 @@ def _identity(dist: metadata.Distribution) -> tuple[str, str]:
 
 def _unloaded(point: metadata.EntryPoint, dist: metadata.Distribution | None) -> PluginRecord:
     name, version = ("", "") if dist is None else _identity(dist)
-    return PluginRecord(point.name, point.value, name, version, builtin=_canonical(name) == DISTRIBUTION)
+    record = PluginRecord(point.name, point.value, name, version, builtin=False)
+    if dist is None or _canonical(name) != DISTRIBUTION:
+        return record
+    if _is_ours(point.value, dist):
+        return replace(record, builtin=True, version=glm5_hal.__version__)
+    place = getattr(dist, "_path", dist.locate_file(""))
+    reason = f"{place} calls itself {DISTRIBUTION} and names {point.value!r}, which is no backend of {_HOME}"
+    return record.failed(Defect("METADATA", reason, f"remove {place}"))
+
+
+#: Where the package is that runs.
+_HOME = Path(glm5_hal.__file__).parent
+
+
+def _is_ours(value: str, dist: metadata.Distribution) -> bool:
+    """Whether an entry point of a distribution with our name leads into the package that runs: any distribution can
+    take the name, and metadata of another version may be left behind."""
+    module = value.partition(":")[0].strip()
+    if not module.startswith(f"{_BACKENDS}."):
+        return False
+    try:
+        return Path(str(dist.locate_file(""))).samefile(_HOME.parent) or util.find_spec(module) is not None
+    except (ImportError, OSError, ValueError):
+        return False
+
+
+_BACKENDS = "glm5_hal.backends"
 
 
 def _canonical(name: str) -> str:

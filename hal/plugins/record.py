@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from glm5_hal.backend import Backend
 
 DISTRIBUTION = "glm5-hal"
+
+#: Set where a plugin is tried, and in all that it starts there: were plugins loaded in those too, that would not end.
+TRIAL = "_GLM5_HAL_TRIAL"
 
 #: Every code that a PluginRecord may carry; an `ok` record carries none.
 CODES: dict[str, str] = {
@@ -23,9 +27,18 @@ CODES: dict[str, str] = {
     "FIELD": "a field of the Backend has the wrong type",
     "HAL_API": "the plugin was written for a contract version that this core does not speak",
     "REQUIRES": "a requirement on a distribution cannot be read",
+    "NESTED": "this process was started by a plugin that is being tried; no outside plugin is loaded in it",
     "DUPLICATE": "two distributions offer a backend of this name",
     "BUILTIN_NAME": "the name belongs to a built-in backend",
 }
+
+
+_CONTROLS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Someone else's text for a terminal, which obeys whatever control sequence it is sent."""
+    return _CONTROLS.sub("", text)
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,10 @@ class PluginRecord:
     smi: tuple[str, ...] = ()
     output: str = ""
     given: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("name", "dist", "version", "reason", "fix"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
     @property
     def origin(self) -> str:

@@ -91,8 +91,11 @@ def test_list_survives_a_built_in_backend_that_cannot_offer_its_kernels(run: Any
 
     with installed(stand_in("acme", kernels, builtin=True)):
         (found,) = run("list", "--json").data["backends"]
+        shown = run("list").out
     assert (found["status"], found["providers"]) == ("broken", [])
     assert "no compiler" in found["reason"]
+    assert f"fix: {found['fix']}" in shown
+    assert "no compiler" in shown
 
 
 def test_list_probes_no_outside_plugin(run: Any) -> None:

@@ -57,7 +57,7 @@ def test_a_setting_that_is_wrong_is_an_error_at_the_first_call_and_at_every_othe
 ) -> None:
     fresh.setenv(name, value)
     for _ in range(2):
-        problem = raised(context.settings)
+        problem = raised(context.effective)
         assert problem.code == code
         assert words in str(problem)
 
@@ -221,3 +221,12 @@ def test_a_capture_is_seen_on_an_accelerator_that_is_not_cuda(monkeypatch: pytes
     assert not context.capturing(), "asking would start the device"
     monkeypatch.setattr(torch, "get_device_module", lambda: SimpleNamespace())
     assert not context.capturing()
+
+
+def test_a_bad_policy_of_the_environment_spoils_no_call_that_does_not_use_it(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("GLM5_BACKEND", "acmee:native")
+    x, w = torch.ones(2, 4), torch.ones(4)
+    with context.use("cpu:torch"):
+        assert glm5_hal.ops.rms_norm(x, w, eps=1e-5).shape == (2, 4)
+    with pytest.raises(HalError, match="no backend is called 'acmee'"):
+        glm5_hal.ops.rms_norm(x, w, eps=1e-5)

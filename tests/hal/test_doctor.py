@@ -19,6 +19,7 @@ from glm5_hal import context, plugins
 from glm5_hal.backend import Kernel, Unavailable
 from glm5_hal.catalogue import Catalogue
 from glm5_hal.cli import main
+from glm5_hal.conformance import identity
 from glm5_hal.doctor import Patient, examine, render
 from glm5_hal.hookspecs import GROUP
 from glm5_hal.inventory import inventory
@@ -141,6 +142,20 @@ def test_settings_are_listed_with_their_origin(in_process: pytest.MonkeyPatch) -
     assert {"python", "platform", "torch", "glm5-hal"} <= set(found.versions)
 
 
+def test_a_package_whose_metadata_cannot_be_read_is_listed_as_such(
+    in_process: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    info = tmp_path / "triton-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_bytes(b"Name: triton\nVersion: 1\nAuthor: \xe9\n")
+    in_process.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    with installed(stand_in("acme", norm())):
+        said = examine().versions["triton"]
+    assert said.startswith("cannot be read: 'utf-8' codec")
+    assert identity._installed()["triton"] == said
+
+
 def test_a_setting_that_is_not_there_is_listed_with_its_default(in_process: pytest.MonkeyPatch) -> None:
     with installed(stand_in("acme", norm())):
         found = examine()
@@ -231,6 +246,23 @@ def test_broken_plugins_are_named_with_reason_and_fix(ward: Path, fresh: pytest.
         assert one.state == "broken"
         assert all(dist in one.finding for dist in TWICE[1:])
         assert "uninstall one of them" in one.fix
+
+
+@pytest.mark.parametrize(
+    ("policy", "problem"),
+    [("cpu:torhc", "did you mean 'torch'?"), ("hangs:native,cpu", ""), ("crashes:native", ""), ("kernels:native", "")],
+)
+def test_the_policy_is_checked_by_what_the_children_told(
+    ward: Path, fresh: pytest.MonkeyPatch, policy: str, problem: str
+) -> None:
+    install(ward, "kernels", "import os\ndef kernels():\n    os._exit(0)", "")
+    fresh.setenv("GLM5_BACKEND", policy)
+    named = [r for r in plugins.find() if r.name == policy.partition(":")[0]]
+    with installed(*named, *(r for r in plugins.find() if r.name == "cpu" and r.builtin and r not in named)):
+        found = examine(timeout=8.0)
+    assert problem in found.problem
+    assert bool(found.problem) == bool(problem)
+    assert not found.ok
 
 
 def test_everything_else_works_beside_broken_plugins(

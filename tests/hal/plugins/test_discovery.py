@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from glm5_hal import __version__
 from glm5_hal.hookspecs import GROUP
-from glm5_hal.plugins import find
+from glm5_hal.plugins import PluginRecord, find, order
+from glm5_hal.plugins.discovery import unreadable
 
-from .site import GOOD, HEAD, Site, backend, discover
+from .site import GOOD, Site, backend, discover
 
 
 def test_two_distributions_with_one_backend_name_are_both_refused(site: Site) -> None:
@@ -38,13 +40,29 @@ def test_a_broken_rival_does_not_take_the_working_one_down(site: Site) -> None:
 
 
 def test_an_outside_plugin_cannot_take_a_builtin_name(site: Site) -> None:
-    site.install("cpu", dist="glm5-hal", version="0.9")
-    site.install("cpu", dist="fast-cpu", value="cpu_plugin")
-    ours, theirs = site.records()
+    site.install("cpu", dist="fast-cpu")
+    ours, theirs = (record for record in discover() if record.name == "cpu")
     assert (ours.dist, ours.builtin, ours.status) == ("glm5-hal", True, "ok")
     assert (theirs.dist, theirs.status, theirs.code) == ("fast-cpu", "refused", "BUILTIN_NAME")
-    assert theirs.reason == "'cpu' is a built-in backend of glm5-hal 0.9, and fast-cpu 1.0 offers it too"
+    assert theirs.reason == f"'cpu' is a built-in backend of glm5-hal {__version__}, and fast-cpu 1.0 offers it too"
     assert "pip uninstall fast-cpu" in theirs.fix
+
+
+@pytest.mark.parametrize("value", ["fake_plugin", "glm5_hal.backends.gone", "glm5_hal.backendsgone"])
+def test_who_takes_our_distributions_name_is_no_builtin_and_hides_none(site: Site, value: str) -> None:
+    site.install("fake", dist="GLM5.HAL", version="9.0", value=value)
+    found = {record.name: record for record in find()}
+    assert (found["cpu"].builtin, found["cpu"].status, found["cpu"].version) == (True, "ok", __version__)
+    fake = found["fake"]
+    assert (fake.builtin, fake.status, fake.code) == (False, "broken", "METADATA")
+    assert f"calls itself glm5-hal and names {value!r}, which is no backend of " in fake.reason
+    assert fake.fix == f"remove {site.folder / 'GLM5.HAL-9.0.dist-info'}"
+
+
+def test_stale_metadata_of_ours_is_no_second_backend(site: Site) -> None:
+    site.install("cpu", None, dist="glm5-hal", version="9.0", value="glm5_hal.backends.cpu")
+    (found,) = (record for record in find() if record.name == "cpu")
+    assert (found.builtin, found.version) == (True, __version__)
 
 
 def test_metadata_that_is_found_twice_is_one_plugin(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +142,7 @@ def test_entry_points_that_are_no_text_are_a_record_too(site: Site, named: bool)
     assert record.fix
 
 
-def test_entry_points_that_say_nothing_at_all_are_logged(
-    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_entry_points_that_a_disk_does_not_give_are_a_record(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.install("acme")
     read = metadata.PathDistribution.read_text
 
@@ -136,17 +152,62 @@ def test_entry_points_that_say_nothing_at_all_are_logged(
         return read(self, name)
 
     monkeypatch.setattr(metadata.PathDistribution, "read_text", failing)
+    (found,) = (record for record in find() if record.dist == "acme-hal")
+    assert found.code == "METADATA"
+    assert "Input/output error" in found.reason
+
+
+@pytest.mark.parametrize(
+    "text", [b"[console_scripts]\nodd\n", b"[console_scripts]\n\xe9=\xe9\n", "[x]".encode("utf-16")]
+)
+def test_whose_entry_points_spoil_all_others_is_named_though_it_has_no_backend(site: Site, text: bytes) -> None:
+    site.install("odd", None)
+    (site.folder / "odd_hal-1.0.dist-info" / "entry_points.txt").write_bytes(text)
+    (found,) = (record for record in find() if record.dist == "odd-hal")
+    assert (found.name, found.code) == ("odd-hal", "METADATA")
+    assert [record.dist for record in unreadable()] == ["odd-hal"]
+
+
+def test_a_pipe_is_not_waited_for(site: Site) -> None:
+    for name in ("entry_points.txt", "METADATA"):
+        site.install("acme", dist=f"{name[0]}-hal".lower())
+        file = site.folder / f"{name[0].lower()}_hal-1.0.dist-info" / name
+        file.unlink()
+        os.mkfifo(file)
+    found = {record.dist: record for record in find() if not record.builtin}
+    assert "entry_points.txt is not a regular file" in found["e-hal"].reason
+    assert (found[""].name, found[""].status) == ("acme", "ok"), "of a distribution whose name is not known"
+
+
+@pytest.mark.parametrize(
+    ("group", "words"),
+    [
+        ("\ufeff[glm5_hal.backends]", "has the group [glm5_hal.backends] after a byte order mark"),
+        ("[glm5_hal.backends ]", "[glm5_hal.backends ], which nobody reads: it is spelt [glm5_hal.backends]"),
+        ("[GLM5_HAL.backends]", "[GLM5_HAL.backends], which nobody reads"),
+        ("[glm5_hal.backend]", "[glm5_hal.backend], which nobody reads"),
+        ("[glm5-hal.backends]", "[glm5-hal.backends], which nobody reads"),
+        ("[glm5_hal.backends]\n[other]", "has the group [glm5_hal.backends], without an entry"),
+    ],
+)
+def test_a_plugin_that_would_be_invisible_is_a_record(site: Site, group: str, words: str) -> None:
+    site.install("acme", entry_points=f"{group}\nacme = acme_plugin\n")
+    (found,) = (record for record in find() if record.dist == "acme-hal")
+    assert (found.status, found.code) == ("broken", "METADATA")
+    assert words in found.reason
+    assert unreadable() == ()
+
+
+@pytest.mark.parametrize("group", ["glm5_hal.backends_of_acme", "acme.glm5_hal.backends", "console_scripts"])
+def test_a_group_of_someone_else_is_none_of_ours(site: Site, group: str) -> None:
+    site.install("acme", entry_points=f"[{group}]\nacme = acme_plugin\n")
     assert not [record for record in find() if record.dist == "acme-hal"]
-    (said,) = caplog.records
-    assert "entry_points.txt of acme-hal in " in said.getMessage()
-    assert "Input/output error" in said.getMessage()
 
 
 def test_builtin_plugins_come_first_then_priority_then_name(site: Site) -> None:
     for name, fields in (("beta", {}), ("alpha", {}), ("omega", {"priority": 5}), ("late", {"priority": -1})):
         site.install(name, backend(**fields))
     site.install("broken", "raise ValueError")
-    builtins = f"[{GROUP}]\nzeta = zeta_plugin\ncpu = cpu_plugin\n"
-    site.install("zeta", backend(priority=9), dist="glm5-hal", entry_points=builtins)
-    (site.folder / "cpu_plugin.py").write_text(f"NAME = 'cpu'\n{HEAD}{GOOD}")
-    assert [record.name for record in site.records()] == ["cpu", "zeta", "omega", "alpha", "beta", "broken", "late"]
+    ours = [PluginRecord(name, "", "glm5-hal", "1.0", builtin=True) for name in ("zeta", "cpu")]
+    found = sorted([*ours, *site.records()], key=order)
+    assert [record.name for record in found] == ["cpu", "zeta", "omega", "alpha", "beta", "broken", "late"]

@@ -8,7 +8,7 @@ import pytest
 from glm5_hal import context
 from glm5_hal.backend import Unavailable
 from glm5_hal.catalogue import Catalogue
-from glm5_hal.plugins import PROBE_DEADLINE, Checkup, PluginRecord, check_up_all, child, find, vetted
+from glm5_hal.plugins import PROBE_DEADLINE, Checkup, PluginRecord, check_up, check_up_all, child, find, vetted
 
 from .site import GOOD, Site, probing
 
@@ -95,3 +95,20 @@ def test_a_call_loads_no_plugin_that_cannot_serve_it(site: Site, tmp_path: Path)
         with glm5_hal.use("zeta,cpu"):
             assert glm5_hal.ops.rms_norm.choose(x, x[0], eps=1e-5).name == "cpu:torch"
         assert loaded.read_text() == "zeta "
+
+
+def test_a_plugin_that_looks_at_all_plugins_while_it_is_tried_makes_no_chain(site: Site, tmp_path: Path) -> None:
+    log, listed = tmp_path / "log", tmp_path / "listed"
+    source = f"""
+import subprocess, sys
+with open({str(log)!r}, "a") as f: f.write("x")
+asked = f"import sys; sys.path[:] = {{sys.path!r}}; from glm5_hal.plugins import check_up_all, find; "
+asked += "print([(c.record.name, c.record.code) for c in check_up_all(find())])"
+with open({str(listed)!r}, "w") as f: subprocess.run([sys.executable, "-c", asked], stdout=f)
+"""
+    site.install("acme", source + GOOD)
+    (record,) = (record for record in find() if record.name == "acme")
+    assert check_up(record).record.status == "ok"
+    assert log.read_text() == "x", "by the child alone"
+    assert "('acme', 'NESTED')" in listed.read_text()
+    assert "('cpu', '')" in listed.read_text()
