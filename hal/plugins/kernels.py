@@ -105,7 +105,7 @@ def _kernel_problem(
 
 def _runs_later(fn: object) -> str | None:
     """What a function is whose call only makes an object to wait for or to walk."""
-    for found in (fn, getattr(type(fn), "__call__", None)):
+    for found in (fn, inspect.getattr_static(type(fn), "__call__", None)):
         if inspect.iscoroutinefunction(found):
             return "a coroutine function (async def)"
         if inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found):
