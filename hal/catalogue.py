@@ -62,6 +62,10 @@ class Catalogue:
         theirs = (r for r in self.records if not r.builtin) if outside else ()
         yield from (r for r in theirs if r.backend is not None and r.backend.device_type == device_type)
 
+    def unusable(self) -> Iterator[PluginRecord]:
+        """Outside plugins that are broken or refused: which device they would compute on is not known."""
+        yield from (r for r in self.records if not r.builtin and r.status != "ok")
+
     def vet(self) -> None:
         """Try every outside plugin in a process of its own, before any is loaded here."""
         with self._lock:

@@ -42,6 +42,8 @@ class Catalogue(Protocol):
 
     def of_device(self, device_type: str, *, outside: bool = True) -> Iterator[Entry]: ...
 
+    def unusable(self) -> Iterator[Entry]: ...
+
     def device(self, name: str) -> Device | Unavailable: ...
 
     def kernels(self, name: str, op: str) -> Sequence[Kernel]: ...
@@ -140,6 +142,10 @@ def left_out(
         if entry.status == "ok" and entry.name not in walked:
             fix = f"add ',{entry.name}' to GLM5_BACKEND to allow it"
             yield Step(entry.name, Rejected("NOT_LISTED", "the policy does not name it", fix))
+    if outside and any(target.backend == "auto" for target in targets):
+        for entry in catalogue.unusable():
+            if entry.name not in walked:
+                yield Step(entry.name or entry.root, Rejected("PLUGIN", entry.reason, entry.fix))
 
 
 def _has_reference(catalogue: Catalogue, entry: Entry, op: str, device_type: str) -> bool:
