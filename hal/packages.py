@@ -28,7 +28,7 @@ def package_problem(name: str, versions: str, known: Mapping[str, str] | None = 
         return f"{name}{versions} is needed and {name} is not installed"
     except (OSError, ValueError, KeyError) as problem:
         return f"{name}{versions} is needed and the METADATA of {name} cannot be read: {type(problem).__name__}"
-    if found is None:  # so says importlib where METADATA has no such line
+    if not found:  # None, whatever importlib promises, where METADATA has no such line
         return f"{name}{versions} is needed and the METADATA of {name} gives no version"
     try:
         inside = Version(found) in SpecifierSet(versions, prereleases=True)

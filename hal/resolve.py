@@ -271,4 +271,5 @@ def _answer(found: object) -> Decision | str:
     wrong = [kind_of(word) for word in words if not isinstance(word, str)]
     if wrong:
         return f"answered Rejected with {wrong[0]} where code, detail and fix are text"
-    return Rejected(*map(plain, words), tuple(found.patch))
+    code, detail, fix = map(plain, words)
+    return Rejected(code, detail, fix, tuple(found.patch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Set
+from typing import Any
 
 from glm5_hal.backend import Backend, Device, Unavailable
 from glm5_hal.errors import shown
@@ -83,11 +84,14 @@ def _device(found: object, backend: Backend) -> Device | str:
         return f"the device is of type {shown(found.type)}, the backend says {backend.device_type!r}"
     if type(found.count) is not int or found.count < 1:
         return f"it counts {shown(found.count)} devices, and where there is none it should be Unavailable"
-    features, versions = found.features, found.versions
+    features: Any = found.features  # whatever it is declared to be
+    versions: Any = found.versions
     if not isinstance(features, Set | list | tuple) or not isinstance(versions, Mapping):
         return f"features are a set and versions a dict, not {kind_of(features)} and {kind_of(versions)}"
     of_features, of_versions = list(features), dict(versions)
-    for text in (found.type, found.name, found.arch, found.evidence, *of_features, *of_versions, *of_versions.values()):
+    words = (found.type, found.name, found.arch, found.evidence)
+    texts: list[Any] = [*words, *of_features, *of_versions, *of_versions.values()]
+    for text in texts:
         if not isinstance(text, str):
             return f"names, features and versions are text, and {shown(text)} is {kind_of(text)}"
     return Device(
