@@ -252,4 +252,6 @@ class Pool:
         last = ending.log.splitlines()[-1:] or ["nothing"]
         what = f"the worker process of backend {self.plan.backend or self.plan.plugin} cannot be started: {how}; "
         what += f"its last words: {last[0][:200]}"
-        raise HalError("UNAVAILABLE", what, value=self.plan.backend, fix="run `glm5-hal doctor`")
+        # The doctor looks at what is installed, and never sees a plugin that is given.
+        fix = f"mend {self.plan.plugin}" if self.plan.plugin else "run `glm5-hal doctor`"
+        raise HalError("UNAVAILABLE", what, value=self.plan.backend or self.plan.plugin, fix=fix)

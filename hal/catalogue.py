@@ -13,7 +13,7 @@ from glm5_hal.decision import Requirement
 from glm5_hal.errors import HalError, suggest
 from glm5_hal.metadata import axis_names
 from glm5_hal.plugins import PluginRecord
-from glm5_hal.plugins.isolation import told
+from glm5_hal.plugins.isolation import attempted, told
 from glm5_hal.resolve import described
 from glm5_hal.spec import OpSpec
 
@@ -61,6 +61,10 @@ class Catalogue:
         yield from (r for r in ours if r.backend is not None and r.backend.device_type == device_type)
         theirs = (r for r in self.records if not r.builtin) if outside else ()
         yield from (r for r in theirs if r.backend is not None and r.backend.device_type == device_type)
+
+    def unusable(self) -> Iterator[PluginRecord]:
+        """Outside plugins that are broken or refused: which device they would compute on is not known."""
+        yield from (r for r in self.records if not r.builtin and r.status != "ok")
 
     def vet(self) -> None:
         """Try every outside plugin in a process of its own, before any is loaded here."""
@@ -173,17 +177,16 @@ def _check_requirements(kernel: Kernel, spec: OpSpec, record: PluginRecord) -> N
 
 
 def _reads(requirement: Requirement, whose: str, root: str) -> list[tuple[str, str]]:
-    try:
-        return [(str(name), str(what)) for name, what in requirement.reads]
-    except KeyboardInterrupt:
-        raise
-    except BaseException as problem:  # of a vendor's own requirement, which may raise anything, SystemExit too
+    reads, problem = attempted(lambda: [(str(name), str(what)) for name, what in requirement.reads])
+    if problem is not None or reads is None:
+        said = "" if problem is None else told(problem, root)[0]
         raise HalError(
             "CONTRACT",
-            f"{whose}: what {described(requirement)!r} reads is not known: {told(problem, root)[0]}",
+            f"{whose}: what {described(requirement)!r} reads is not known: {said}",
             value=requirement,
             fix='let reads be a frozenset of pairs such as ("x", "dtype")',
         ) from problem
+    return reads
 
 
 def _plain_weights_unless_declared(kernel: Kernel, takes_format: bool) -> Kernel:

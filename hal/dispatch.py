@@ -20,6 +20,7 @@ from glm5_hal.guards import innermost_transform, is_wrapped, tensor_guard
 from glm5_hal.hotpath import compiled
 from glm5_hal.memory import check_apart
 from glm5_hal.metadata import signature_of
+from glm5_hal.plugins.isolation import told
 from glm5_hal.resolve import Choice, Resolution, Step, left_out, resolve
 from glm5_hal.signature import Signature, TensorMeta
 from glm5_hal.spec import OpSpec
@@ -175,20 +176,22 @@ class Op:
     def _refuse_grad(self) -> None:
         raise torchlib.no_gradient(self.spec)
 
-    def _failed(self, problem: Exception, arguments: Mapping[str, Any]) -> HalError:
+    def _failed(self, problem: BaseException, arguments: Mapping[str, Any]) -> HalError:
         """A kernel's own exception, with what it takes to report it. Nothing else is tried after it."""
         try:
             resolution = self.resolution(self.describe(**arguments))
         except HalError:  # the kernel has spoilt an argument on its way: its own problem is the one to report
             resolution = Resolution(None, ())
-        ran, versions = "?", ""
+        ran, versions, root = "?", "", ""
         if resolution.chosen:
-            device = context.catalogue().device(resolution.chosen.backend)
+            catalogue = context.catalogue()
+            device = catalogue.device(resolution.chosen.backend)
+            root = catalogue.record(resolution.chosen.backend).root
             ran, known = resolution.chosen.name, getattr(device, "versions", {})
             versions = f" ({', '.join(f'{k} {v}' for k, v in known.items())})" if known else ""
         return HalError(
             "KERNEL",
-            f"{self.spec.name}: kernel {ran}{versions} raised {type(problem).__name__}: {problem}",
+            f"{self.spec.name}: kernel {ran}{versions} raised {told(problem, root)[0]}",
             value=problem,
             fix=f"report it with `glm5-hal doctor --json`; GLM5_BACKEND='...; {self.spec.name}=...' chooses another",
             trace=resolution.trace,

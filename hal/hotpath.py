@@ -75,6 +75,7 @@ def compiled(
         find = f"""
         {gradients}
         _kernel = _table[{whole}]"""
+    # A kernel that leaves would end the process without a word; an interrupt is the user's and passes.
     run = f"""
     try:{find}
     except _HalError:
@@ -87,7 +88,7 @@ def compiled(
         return _kernel({passed})
     except _HalError:
         raise
-    except Exception as _problem:
+    except (Exception, SystemExit) as _problem:
         raise self._failed(_problem, dict({", ".join(f"{n}={n}" for n in parameters)})) from _problem
 """
     declared = _parameters(spec.signature)

@@ -24,9 +24,14 @@ def package_problem(name: str, versions: str, known: Mapping[str, str] | None = 
 
     try:
         found = (known or {}).get(name) or metadata.version(name)
-        inside = Version(found) in SpecifierSet(versions, prereleases=True)
     except metadata.PackageNotFoundError:
         return f"{name}{versions} is needed and {name} is not installed"
+    except (OSError, ValueError, KeyError) as problem:
+        return f"{name}{versions} is needed and the METADATA of {name} cannot be read: {type(problem).__name__}"
+    if not found:  # None, whatever importlib promises, where METADATA has no such line
+        return f"{name}{versions} is needed and the METADATA of {name} gives no version"
+    try:
+        inside = Version(found) in SpecifierSet(versions, prereleases=True)
     except InvalidVersion:
         return f"{name}{versions} is needed and the version found, {found!r}, cannot be read"
     return None if inside else f"{name}{versions} is needed and {found} is installed"

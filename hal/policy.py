@@ -150,7 +150,7 @@ def validate(
             if target == AUTO:
                 continue
             if target.backend not in backends:
-                fix = suggest(target.backend, {*backends, "auto"})
+                fix = suggest(target.backend, {*filter(None, backends), "auto"})
                 if target.backend in ops:
                     fix = f"{target.backend!r} is an op: write {target.backend}={target.provider or 'backend'}"
                 raise unknown(f"no backend is called {shown(target.backend)}", target.backend, fix)
@@ -222,7 +222,10 @@ class _Reader:
             rule = self._rule(at, piece)
             if rule.pattern in rules and rule.pattern is None:
                 first = rules[None]
-                fix = f"separate fallbacks with ',': {first},{rule}; or give the rule its op: op={rule}"
+                listed = ",".join(map(str, dict.fromkeys((*first.targets, *rule.targets))))
+                fix = f"separate fallbacks with ',': {listed}; or give the rule its op: op={rule}"
+                if listed == str(first):
+                    fix = f"keep one of the two; or give the rule its op: op={rule}"
                 raise self._error(at, piece, "a second rule without an op", fix)
             if rule.pattern in rules:
                 raise self._error(at, piece, f"a second rule for {rule.pattern!r}", "keep one of the two")
@@ -284,6 +287,8 @@ def _split(text: str, start: int, separator: str) -> Iterator[tuple[int, str]]:
 
 def _spelling(what: str, name: str) -> str:
     """What to write instead of a name that no backend or provider can have."""
+    if what == "provider" and not name:
+        return "write the provider's name after ':', or leave the ':' out"
     if what == "provider" and name.isdecimal():
         return "leave the device's number out: the tensors say which device"
     if NAME.fullmatch(name.lower()):

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from glm5_hal.errors import HalError, suggest
+from glm5_hal.errors import HalError, shown, suggest
+from glm5_hal.plugins.isolation import attempted, told
 from glm5_hal.spec import declared
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ def prepare(op: str, weights: Mapping[str, torch.Tensor], *, backend: str) -> Pr
 
     Raises:
         HalError: UNKNOWN for an op, backend or argument that does not exist; CONTRACT if the backend changed a shape
-            or dtype.
+            or dtype; PLUGIN if it raised.
     """
+    import torch
+
     from glm5_hal import context
 
     spec = declared(op)
@@ -49,13 +52,23 @@ def prepare(op: str, weights: Mapping[str, torch.Tensor], *, backend: str) -> Pr
         if name not in spec.tensors:
             raise HalError("UNKNOWN", f"{op} has no argument {name!r}", value=name, fix=suggest(name, spec.tensors))
     own = context.catalogue().backend(backend).prepare
-    made = None if own is None else own(op, weights)
+    made, problem = (None, None) if own is None else attempted(lambda: own(op, weights))
+    if isinstance(problem, HalError):
+        raise problem
+    if problem is not None:
+        root = context.catalogue().record(backend).root
+        raise HalError(
+            "PLUGIN",
+            f"backend {backend}: preparing {op} raised {told(problem, root)[0]}",
+            value=problem,
+            fix="report it to the backend's maintainer",
+        ) from problem
     if made is None:
         return Prepared(op, {name: t.contiguous() for name, t in weights.items()})
-    if not isinstance(made, Prepared) or made.op != op:
+    if not (isinstance(made, Prepared) and made.op == op and isinstance(made.tensors, Mapping)):
         raise HalError(
             "CONTRACT",
-            f"backend {backend}: preparing {op} returned {made!r}",
+            f"backend {backend}: preparing {op} returned {shown(made)}",
             value=made,
             fix=f"return None, or glm5_hal.Prepared({op!r}, ...)",
         )
@@ -67,7 +80,8 @@ def prepare(op: str, weights: Mapping[str, torch.Tensor], *, backend: str) -> Pr
             fix="only ops with a weight_format argument take prepared weights",
         )
     for name, plain in weights.items():
-        if name not in made.tensors or made[name].shape != plain.shape or made[name].dtype != plain.dtype:
+        form = made.tensors.get(name)
+        if not isinstance(form, torch.Tensor) or form.shape != plain.shape or form.dtype != plain.dtype:
             raise HalError(
                 "CONTRACT",
                 f"backend {backend}: preparing {op} changed or dropped {name}",

@@ -11,8 +11,8 @@ from typing import Protocol
 
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
 from glm5_hal.decision import ACCEPTED, Accepted, Decision, Rejected, Requirement
-from glm5_hal.errors import HalError
-from glm5_hal.plugins.isolation import told
+from glm5_hal.errors import HalError, shown
+from glm5_hal.plugins.isolation import attempted, kind_of, plain, told
 from glm5_hal.policy import Target
 from glm5_hal.signature import Signature
 from glm5_hal.spec import OpSpec
@@ -41,6 +41,8 @@ class Catalogue(Protocol):
     def named(self, name: str) -> Sequence[Entry]: ...
 
     def of_device(self, device_type: str, *, outside: bool = True) -> Iterator[Entry]: ...
+
+    def unusable(self) -> Iterator[Entry]: ...
 
     def device(self, name: str) -> Device | Unavailable: ...
 
@@ -140,6 +142,10 @@ def left_out(
         if entry.status == "ok" and entry.name not in walked:
             fix = f"add ',{entry.name}' to GLM5_BACKEND to allow it"
             yield Step(entry.name, Rejected("NOT_LISTED", "the policy does not name it", fix))
+    if outside and any(target.backend == "auto" for target in targets):
+        for entry in catalogue.unusable():
+            if entry.name not in walked:
+                yield Step(entry.name or entry.root, Rejected("PLUGIN", entry.reason, entry.fix))
 
 
 def _has_reference(catalogue: Catalogue, entry: Entry, op: str, device_type: str) -> bool:
@@ -240,23 +246,30 @@ def _judge(
 
 def described(requirement: Requirement) -> str:
     """A requirement in its own words, if it has any."""
-    try:
-        return str(requirement.describe())
-    except Exception:  # noqa: BLE001 - of a vendor's own requirement
-        return type(requirement).__name__
+    words, _ = attempted(lambda: plain(str(requirement.describe())))
+    return kind_of(requirement) if words is None else words
 
 
 def _asked(requirement: Requirement, call: Signature, device: Device, root: str) -> Decision:
     """A requirement's answer; one that fails to answer is a no, for this kernel alone. ``root`` is its plugin's."""
-    try:
-        decision: object = requirement.test(call, device.facts)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as problem:  # noqa: BLE001 - a vendor's predicate may raise anything, SystemExit too
-        decision = f"raised {told(problem, root)[0]}"
-    if isinstance(decision, Decision):
-        return decision
-    said = decision if isinstance(decision, str) else f"answered {decision!r}, not Accepted or Rejected"
+    answer, problem = attempted(lambda: _answer(requirement.test(call, device.facts)))
+    if isinstance(answer, Decision):
+        return answer
+    said = answer if problem is None else f"raised {told(problem, root)[0]}"
     return Rejected(
         "CONTRACT", f"its requirement {described(requirement)!r} {said}", "report it to the backend's maintainer"
     )
+
+
+def _answer(found: object) -> Decision | str:
+    """A vendor's decision as one of ours, of plain texts: they are shown, and go into JSON. Else what it is instead."""
+    if isinstance(found, Accepted):
+        return ACCEPTED
+    if not isinstance(found, Rejected):
+        return f"answered {shown(found)}, not Accepted or Rejected"
+    words = (found.code, found.detail, found.fix)
+    wrong = [kind_of(word) for word in words if not isinstance(word, str)]
+    if wrong:
+        return f"answered Rejected with {wrong[0]} where code, detail and fix are text"
+    code, detail, fix = map(plain, words)
+    return Rejected(code, detail, fix, tuple(found.patch))

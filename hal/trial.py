@@ -38,5 +38,6 @@ def tiny_kernel(record: PluginRecord) -> str:
         except KeyboardInterrupt:
             raise
         except BaseException as problem:  # noqa: BLE001 - whatever a vendor's kernel raises is the finding
-            return f"failed: {told(problem, record.root)[0]}"
+            said, fix = told(problem, record.root)
+            return f"failed: {said}" + (f"  -> {fix}" if fix else "")
     return f"rms_norm on {choice.name}: right"

@@ -21,14 +21,17 @@ def given_record(given: str) -> PluginRecord:
     if file is None:
         return PluginRecord("", given, "", "", builtin=False, given=given)
     record = PluginRecord("", _module(file), "", "", builtin=False, given=given)
-    if file.is_file():
+    if os.path.isfile(file):  # never raises, whatever a path is: too long, a link to itself
         return record
-    if file.name == "__init__.py" and file.parent.is_dir():
+    if file.name == "__init__.py" and os.path.isdir(file.parent):
         reason = f"the folder {file.parent} has no __init__.py, so it is no package"
         return record.failed(Defect("ENTRY_POINT", reason, "name the package's own folder, or one .py file"))
-    return record.failed(
-        Defect("ENTRY_POINT", f"there is no {given}", "give a .py file, a package's folder or a module")
-    )
+    reason = f"there is no {given}"
+    if os.path.exists(given):
+        reason = f"{given} is neither a .py file nor a package's folder"
+    elif os.path.islink(given):
+        reason = f"{given} is a link that leads nowhere"
+    return record.failed(Defect("ENTRY_POINT", reason, "give a .py file, a package's folder or a module"))
 
 
 def made_importable(record: PluginRecord) -> None:
@@ -72,10 +75,10 @@ class _Finder(MetaPathFinder):
 
 def _file(given: str) -> Path | None:
     """The file to import for a path; None for a module's name, or for nothing."""
-    if not given or not (os.sep in given or given.endswith(".py") or os.path.exists(given)):
+    if not given or not (os.sep in given or given.endswith(".py") or os.path.lexists(given)):
         return None
-    path = Path(given).resolve()
-    return path if path.suffix == ".py" and not path.is_dir() else path / "__init__.py"
+    path = Path(os.path.realpath(given))
+    return path if path.suffix == ".py" and not os.path.isdir(path) else path / "__init__.py"
 
 
 def _module(file: Path) -> str:

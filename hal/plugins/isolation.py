@@ -10,12 +10,14 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, TypeVar
 
 from glm5_hal.errors import HalError
 
-#: How much of what a plugin prints is kept, in characters.
+T = TypeVar("T")
+
+#: How much of what a plugin prints is kept: the end, in characters.
 OUTPUT_LIMIT = 65536
 
 
@@ -50,7 +52,7 @@ def guarded(call: Callable[[], Any], deadline: float | None, root: str) -> Outco
         else:
             thread.start()
             thread.join(deadline)
-    output = kept.getvalue().decode(errors="replace")[:OUTPUT_LIMIT]
+    output = kept.getvalue().decode(errors="replace")[-OUTPUT_LIMIT:]
     if not done:
         frames = traceback.walk_stack(sys._current_frames().get(thread.ident or 0))
         return Outcome(None, None, _place(reversed(list(frames)), root), output)
@@ -60,8 +62,31 @@ def guarded(call: Callable[[], Any], deadline: float | None, root: str) -> Outco
     return Outcome(value, problem, None, output)
 
 
+def attempted(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """What a plugin's code gives, or what it raised: for the small questions that are asked on the way, often.
+
+    A plugin's objects are not only called: reading an attribute, comparing or printing one runs its code as well, which
+    may raise anything, SystemExit too. A KeyboardInterrupt is the user's and passes through.
+    """
+    try:
+        return call(), None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as problem:  # noqa: BLE001 - it is handed back, to be told
+        return None, problem
+
+
 class _Kept(io.BytesIO):
-    """A plugin may wrap or close what it takes for stdout; what it wrote stays readable."""
+    """A plugin may wrap or close what it takes for stdout; what it wrote stays readable, its end where it is much."""
+
+    def write(self, data: Any) -> int:
+        written = super().write(data)
+        if self.tell() > 2 * OUTPUT_LIMIT:  # what prints without end must not fill the memory
+            end = self.getvalue()[-OUTPUT_LIMIT:]
+            self.seek(0)
+            self.truncate()
+            super().write(end)
+        return written
 
     def close(self) -> None:
         pass
@@ -98,23 +123,36 @@ def _captured(thread: threading.Thread) -> Iterator[_Kept]:
 
 def told(problem: BaseException, root: str = "") -> tuple[str, str]:
     """An exception in one line, with the place in the plugin, and its own fix if it has one."""
-    try:
-        text = problem.what if isinstance(problem, HalError) else str(problem)
-    except BaseException:  # noqa: BLE001 - an exception's own __str__ may be broken too, or leave
-        text = "its message cannot be read"
+    words, _ = attempted(lambda: _words(problem))  # an exception's own __str__ may be broken too, or leave
+    text, fix = words or ("its message cannot be read", "")
     line = next((part.strip() for part in text.splitlines() if part.strip()), "")
-    said = f"{type(problem).__name__}: {line}" if line else type(problem).__name__
+    kind = type(problem).__name__
+    said = f"{kind}: {line}" if line else kind
+    place, _ = attempted(lambda: _place_of(problem, root))
+    return said + (place or ""), fix
+
+
+def _words(problem: BaseException) -> tuple[str, str]:
+    if not isinstance(problem, HalError):
+        return plain(str(problem)), ""
+    return plain(str(problem.what)), plain(problem.fix) if isinstance(problem.fix, str) else ""
+
+
+def _place_of(problem: BaseException, root: str) -> str:
     if isinstance(problem, SyntaxError) and problem.filename:
-        place = f", at {problem.filename}:{problem.lineno}"
-    else:
-        place = _place(traceback.walk_tb(problem.__traceback__), root)
-    return said + place, problem.fix if isinstance(problem, HalError) else ""
+        return f", at {problem.filename}:{problem.lineno}"
+    return _place(traceback.walk_tb(problem.__traceback__), root)
+
+
+def plain(text: str) -> str:
+    """A text without the methods of its own that a subclass of str may have, such as torch's version."""
+    return str.__str__(text)
 
 
 def defined_at(thing: object) -> str:
     """``, at file:line`` of a function, or nothing."""
-    code = getattr(inspect.unwrap(thing), "__code__", None) if callable(thing) else None
-    return "" if code is None else f", at {code.co_filename}:{code.co_firstlineno}"
+    code, _ = attempted(lambda: getattr(inspect.unwrap(thing), "__code__", None) if callable(thing) else None)
+    return f", at {code.co_filename}:{code.co_firstlineno}" if isinstance(code, CodeType) else ""
 
 
 def kind_of(value: object) -> str:
@@ -125,7 +163,7 @@ def _place(frames: Iterable[tuple[FrameType, int]], root: str) -> str:
     """``, at file:line`` of the innermost frame that is the plugin's own; the outermost frame comes first."""
     own = ""
     for frame, line in frames:
-        name = frame.f_globals.get("__name__") or ""
-        if name == root or name.startswith(f"{root}."):
+        name = frame.f_globals.get("__name__")
+        if isinstance(name, str) and (name == root or name.startswith(f"{root}.")):
             own = f", at {frame.f_code.co_filename}:{line}"
     return own

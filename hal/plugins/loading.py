@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pluggy
 
@@ -15,7 +15,7 @@ from glm5_hal import hookspecs
 from glm5_hal.backend import Backend
 from glm5_hal.plugins.checks import check, hook_missing
 from glm5_hal.plugins.given import made_importable
-from glm5_hal.plugins.isolation import defined_at, guarded, kind_of, told
+from glm5_hal.plugins.isolation import attempted, defined_at, guarded, kind_of, told
 from glm5_hal.plugins.record import Defect, PluginRecord
 
 #: Seconds that an outside plugin has to be imported and to answer its hook.
@@ -71,9 +71,20 @@ def _build(record: PluginRecord) -> Backend:
         got = " and ".join(map(kind_of, results)) or "None"
         reason = f"glm5_backend() returned {got}, not a Backend{written}"
         raise Defect("HOOK_RESULT", reason, "return one glm5_hal.Backend")
-    backend: Backend = results[0]
+    backend = _plain(results[0], record, written)
     check(record, backend, written)
     return backend
+
+
+def _plain(backend: Backend, record: PluginRecord, written: str) -> Backend:
+    """The same of our own class: a subclass may answer otherwise, or raise, when it is read later."""
+    if type(backend) is Backend:
+        return backend
+    values, problem = attempted(lambda: {field.name: getattr(backend, field.name) for field in fields(Backend)})
+    if values is None:
+        said = "" if problem is None else told(problem, record.root)[0]
+        raise Defect("FIELD", f"reading the Backend raised {said}{written}", f"return a plain Backend; {record.remedy}")
+    return Backend(**values)
 
 
 def _defect(record: PluginRecord, code: str, what: str, problem: BaseException) -> Defect:

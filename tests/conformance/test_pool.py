@@ -293,6 +293,7 @@ def test_a_backend_that_kills_its_worker_at_the_start_is_unavailable(deed: str, 
     assert raised.value.code == "UNAVAILABLE"
     assert "cannot be started: the process ended with" in raised.value.what
     assert said in raised.value.what
+    assert raised.value.fix.startswith("mend "), "the doctor never sees a plugin that is given"
 
 
 def test_nothing_that_a_kernel_started_outlives_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

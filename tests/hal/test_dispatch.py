@@ -425,6 +425,26 @@ def test_an_interrupt_is_not_a_kernels_failure() -> None:
         pair(ones())
 
 
+def test_a_kernel_that_leaves_does_not_take_the_process_with_it() -> None:
+    failing = Failing(SystemExit(0))
+    with installed(failing.record):
+        for call in (pair, pair, pair.torch_op):
+            problem = raised(call, ones())
+            assert problem.code == "KERNEL"
+            assert "acme:native (driver 1.2.3) raised SystemExit: 0" in problem.what
+
+
+def test_a_kernels_exception_whose_message_cannot_be_read_is_reported() -> None:
+    class Mute(Exception):  # noqa: N818 - a vendor's
+        def __str__(self) -> str:
+            raise RuntimeError("mute")
+
+    with installed(Failing(Mute()).record):
+        problem = raised(pair, ones())
+    assert problem.code == "KERNEL"
+    assert "raised Mute: its message cannot be read" in problem.what
+
+
 def test_the_error_of_a_composites_part_comes_through_as_it_is() -> None:
     pipe, failing = toy(PIPE), Failing(ValueError("odd shape"))
     with installed(failing.record):

@@ -19,6 +19,7 @@ from glm5_hal.errors import HalError
 from glm5_hal.explanation import Explanation, described
 from glm5_hal.metadata import axis_names
 from glm5_hal.ops import specs
+from glm5_hal.plugins import PluginRecord
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -54,6 +55,14 @@ def test_the_text_has_one_line_per_candidate_with_the_choice_marked() -> None:
         "acme:native rejected LIMIT top_k must be <= 2048, got 4096 -> use top_k=2048, or another kernel",
         "* acme:torch accepted",
     ]
+
+
+def test_a_plugin_that_is_broken_is_told_under_auto_and_only_there() -> None:
+    broken = PluginRecord("broken", "m", "d", "1", False, "broken", "IMPORT", "its import raised", "mend it")
+    with installed(stand_in("acme", [Kernel("topk_indices", "native", TOPK.reference)]), broken):
+        assert "- broken             rejected  PLUGIN  its import raised  -> mend it" in str(explain("topk_indices"))
+        with glm5_hal.use("acme"):
+            assert "broken" not in str(explain("topk_indices"))
 
 
 def test_what_comes_after_the_choice_answers_too() -> None:

@@ -10,6 +10,7 @@ import torch
 from toys import installed, raised, stand_in
 
 from glm5_hal import Prepared, prepare
+from glm5_hal.errors import HalError
 
 GEMM = {"w_gate_up": torch.randn(2, 6, 4), "w_down": torch.randn(2, 4, 3)}
 
@@ -45,6 +46,8 @@ def replaced(**changes: Any) -> Any:
         (replaced(w_down=GEMM["w_down"].half()), "changed or dropped w_down"),
         (lambda op, w: Prepared(op, {"w_down": w["w_down"]}), "changed or dropped w_gate_up"),
         (lambda op, w: dict(w), "returned {"),
+        (lambda op, w: Prepared(op, None), "returned Prepared(op='moe_experts', tensors=None"),
+        (lambda op, w: Prepared(op, dict.fromkeys(w, 5)), "changed or dropped w_gate_up"),
         (lambda op, w: Prepared("rms_norm", w), "returned Prepared(op='rms_norm'"),
     ],
 )
@@ -53,6 +56,24 @@ def test_a_backend_that_breaks_the_contract_of_preparing(make: Any, words: str) 
     assert problem.code == "CONTRACT"
     assert words in problem.what
     assert "acme" in problem.what
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("no memory"), SystemExit(0)])
+def test_a_backend_that_raises_while_it_prepares_is_named(problem: BaseException) -> None:
+    def make(op: str, weights: Any) -> Any:
+        raise problem
+
+    told = raised(prepared, make)
+    assert told.code == "PLUGIN"
+    assert told.what.startswith(f"backend acme: preparing moe_experts raised {type(problem).__name__}: {problem}")
+    assert told.fix
+
+
+def test_an_error_of_ours_comes_out_of_preparing_as_it_is() -> None:
+    def make(op: str, weights: Any) -> Any:
+        raise HalError("SHAPE", "the width is odd", fix="pad it")
+
+    assert raised(prepared, make).code == "SHAPE"
 
 
 def test_a_form_is_of_use_only_to_an_op_that_can_be_told_of_it() -> None:

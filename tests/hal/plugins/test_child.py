@@ -201,6 +201,11 @@ def test_a_tiny_kernel_is_tried_there_too(site: Site, body: str, offer: str, ker
     assert bool(found.ended) == ended
 
 
+def test_a_kernel_that_is_refused_keeps_its_own_fix(site: Site) -> None:
+    found = checked(site, NORM.format(body="pass", offer="return [Kernel('rms_nrom', 'native', norm)]") + GOOD)
+    assert "is for an op that does not exist  -> did you mean 'rms_norm'?" in found.kernel
+
+
 def test_a_kernel_that_hangs_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "KERNEL_DEADLINE", 3.0)
     found = checked(site, "\ndef kernels():\n    while True: pass\n" + GOOD)

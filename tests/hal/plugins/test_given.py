@@ -103,11 +103,16 @@ def test_one_that_is_broken_says_so_as_an_installed_one_would(case: str) -> None
         ("work/nowhere.py", "there is no work/nowhere.py"),
         ("empty", "has no __init__.py"),
         ("no_such_module", "there is no module no_such_module"),
+        ("acme.zip", "acme.zip is neither a .py file nor a package's folder"),
+        ("loop.py", "loop.py is a link that leads nowhere"),
+        ("work/" + "x" * 5000, "there is no work/xxx"),
         ("not a module", "is not module or module:attribute"),
     ],
 )
 def test_one_that_is_not_there_is_told_apart(text: str, reason: str) -> None:
     Path("empty").mkdir()
+    Path("acme.zip").touch()
+    Path("loop.py").symlink_to("loop.py")
     record = given(text)
     assert (record.status, record.code) == ("broken", "ENTRY_POINT")
     assert reason in record.reason

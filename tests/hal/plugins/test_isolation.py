@@ -73,3 +73,16 @@ def test_a_plugin_that_was_given_up_cannot_spoil_stdout_later(
         time.sleep(0.01)
     print("ours")  # noqa: T201 - it is what is tested
     assert capsys.readouterr().out == "ours\n"
+
+
+def test_of_endless_output_the_end_is_kept(site: Site) -> None:
+    site.install("acme", "for n in range(200_000): print(n)\nraise ValueError")
+    record = site.record("acme")
+    assert len(record.output) <= 65536
+    assert record.output.endswith("199998\n199999\n")
+
+
+def test_a_module_that_spoils_its_own_name_is_told_all_the_same(site: Site) -> None:
+    site.install("acme", "__name__ = 5\nraise ValueError('mine')")
+    record = site.record("acme")
+    assert (record.code, record.reason) == ("IMPORT", "importing acme_plugin raised ValueError: mine")

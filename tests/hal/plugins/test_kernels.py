@@ -130,8 +130,79 @@ BAD_KERNELS: dict[str, tuple[str, str, str, str]] = {
         "cannot be inspected: TypeError",
         "wrap it in a function",
     ),
+    "an op that is no text": (
+        FN + "return [Kernel(['rope'], 'torch', fn)]",
+        "CONTRACT",
+        "kernels()[0] has list for its op, which is plain text",
+        "write the op as a str",
+    ),
+    "a provider that is taken": (
+        FN + "return [Kernel('rope', 'composite', fn)]",
+        "CONTRACT",
+        "a provider's name that is taken: it is an op's default",
+        "say native",
+    ),
+    "another name that is taken": (
+        FN + "return [Kernel('rope', 'auto', fn)]",
+        "CONTRACT",
+        "is taken: in a policy",
+        "na",
+    ),
+    "a sequence that raises": (
+        "from collections import UserList\nclass Odd(UserList):\n    def __getitem__(self, at): raise OSError('item')\n"
+        "return Odd([1])",
+        "PLUGIN",
+        "reading what kernels() returned raised OSError: item, at ",
+        "pip install -U",
+    ),
+    "a sequence that leaves": (
+        "from collections import UserList\nclass Odd(UserList):\n    def __len__(self): exit(0)\n"
+        "    def __iter__(self): exit(0)\nreturn Odd([1])",
+        "PLUGIN",
+        "reading what kernels() returned raised SystemExit: 0, at ",
+        "pip install -U",
+    ),
+    "a signature that raises": (
+        "class Odd:\n    __signature__ = property(lambda self: 1 // 0)\n    def __call__(self): ...\n"
+        "return [Kernel('rope', 'torch', Odd())]",
+        "CONTRACT",
+        "cannot be inspected: ZeroDivisionError",
+        "def rope(x",
+    ),
+    "a default that cannot be shown": (
+        "class Odd(float):\n    def __repr__(self): raise OSError\ndef fn(x, weight=None, *, eps=Odd()): ...\n"
+        "return [Kernel('rope', 'torch', fn)]",
+        "CONTRACT",
+        "has the default a value of type",
+        "def rope(x",
+    ),
+    "a coroutine function": (
+        "async " + FN + "return [Kernel('rope', 'torch', fn)]",
+        "CONTRACT",
+        "(async def)",
+        "def rope",
+    ),
+    "a coroutine of a class": (
+        "class Odd:\n    async def __call__(self, x, weight=None, *, eps=1e-6): ...\n"
+        "return [Kernel('rope', 'torch', Odd())]",
+        "CONTRACT",
+        "(async def)",
+        "def rope",
+    ),
+    "a generator function": (
+        "def fn(x, weight=None, *, eps=1e-6): yield x\nreturn [Kernel('rope', 'torch', fn)]",
+        "CONTRACT",
+        "is a generator function",
+        "return the tensors",
+    ),
     "a builtin": ("return [Kernel('rope', 'torch', max)]", "CONTRACT", "cannot be inspected: ValueError", "def rope(x"),
 }
+
+
+def test_a_subclass_of_kernel_is_read_once(site: Site) -> None:
+    body = FN + "class Own(Kernel): ...\nreturn [Own('rope', 'torch', fn)]"
+    (kernel,) = loaded(site, body)
+    assert type(kernel) is Kernel
 
 
 @pytest.mark.parametrize("case", BAD_KERNELS)
@@ -189,3 +260,44 @@ def test_a_requirement_that_leaves_while_it_is_asked_is_told_with_its_place(site
         glm5_hal.ops.rms_norm(x, x[0], eps=1e-5)
     assert caught.value.code == "NO_KERNEL"
     assert f"SystemExit: 8, at {line_of(file, 'raise SystemExit(8)')}" in str(caught.value)
+
+
+ANSWERS = """
+from glm5_hal.capability import Accepted, Rejected
+class Mute:
+    def __repr__(self): raise OSError
+class Rude:
+    def __repr__(self): raise SystemExit(0)
+class Own(Rejected):
+    detail = property(lambda self: "no", lambda self, value: None)
+class Odd:
+    reads = frozenset()
+    def describe(self): {describe}
+    def test(self, call, facts): return {answer}
+def norm(x, weight, *, eps): return x
+def kernels():
+    return [Kernel('rms_norm', 'native', norm, (Odd(),))]
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("Mute()", "'odd' answered a value of type Mute, not Accepted or Rejected"),
+        ("Rude()", "'odd' raised SystemExit: 0, at "),
+        ("Rejected(None, object(), 'x')", "'odd' answered Rejected with NoneType where code, detail and fix are text"),
+        ("Own('LIMIT', 'x', 'y')", "rejected  LIMIT  no  -> y"),
+    ],
+)
+def test_an_answer_of_its_own_class_is_a_no_with_its_reason(site: Site, answer: str, says: str) -> None:
+    site.install("acme", ANSWERS.format(answer=answer, describe="return 'odd'") + GOOD)
+    with context.installed(Catalogue([site.record("acme")])), glm5_hal.use("acme"):
+        told = glm5_hal.explain("rms_norm")
+    assert not told.ok
+    assert says in str(told)
+
+
+def test_a_requirement_that_leaves_while_it_describes_itself_goes_by_its_class(site: Site) -> None:
+    site.install("acme", ANSWERS.format(answer="5", describe="raise SystemExit(0)") + GOOD)
+    with context.installed(Catalogue([site.record("acme")])), glm5_hal.use("acme"):
+        assert "its requirement 'Odd' answered 5" in str(glm5_hal.explain("rms_norm"))

@@ -8,7 +8,7 @@ import pytest
 from glm5_hal.backend import Device, Unavailable
 from glm5_hal.plugins import probe
 
-from .site import HEAD, Site, line_of, probe_in_a_child, probing, wait_for
+from .site import HEAD, Site, hook, line_of, probe_in_a_child, probing, wait_for
 
 ASKED = pytest.mark.parametrize("ask", [probe, probe_in_a_child], ids=["thread", "child"])
 Ask = Callable[..., Device | Unavailable]
@@ -77,6 +77,30 @@ BAD_PROBES: dict[str, tuple[str, str, str, str]] = {
         "'s answer is not usable: it counts 0",
         "def probe",
         "probe()",
+    ),
+    "has no features": (
+        "return Device('cpu', 'A', 'a1', features=None)",
+        "'s answer is not usable: features are a set and versions a dict, not NoneType and dict",
+        "def probe",
+        "correct probe()",
+    ),
+    "lists versions": (
+        "return Device('cpu', 'A', 'a1', versions=['1'])",
+        "'s answer is not usable: features are a set and versions a dict, not frozenset and list",
+        "def probe",
+        "correct probe()",
+    ),
+    "counts what cannot be shown": (
+        "return Device('cpu', 'A', 'a1', count=type('I', (int,), {'__repr__': lambda s: 1 // 0})(1))",
+        "'s answer is not usable: it counts a value of type I",
+        "def probe",
+        "correct probe()",
+    ),
+    "raises an error of ours without text": (
+        "from glm5_hal import HalError\nraise HalError('PLUGIN', 7, fix=object())",
+        " raised HalError: 7",
+        "raise HalError",
+        "pip install -U",
     ),
     "gives a version that is no text": (
         "return Device('cpu', 'A', 'a1', versions={'sdk': None})",
@@ -162,3 +186,39 @@ def test_an_exception_that_leaves_while_it_is_told_leaves_nothing(site: Site) ->
     found = probe(site.record("acme"))
     assert isinstance(found, Unavailable)
     assert "the probe raised Leaving: its message cannot be read" in found.reason
+
+
+@ASKED
+@pytest.mark.parametrize(
+    "body",
+    [
+        "class No(Unavailable):\n    def __getattribute__(self, name): raise OSError('mine')\nreturn No('a', 'b')",
+        "class Versions(dict):\n    def keys(self): raise OSError('mine')\n    __iter__ = keys\n"
+        "return Device('cpu', 'A', 'a1', versions=Versions(a='1'))",
+    ],
+)
+def test_an_answer_that_cannot_be_read_is_the_probes_fault(site: Site, ask: Ask, body: str) -> None:
+    file = site.install("acme", probing(body))
+    found = ask(site.record("acme"))
+    assert isinstance(found, Unavailable)
+    assert found.fault
+    place = line_of(file, "raise OSError")
+    assert found.reason == f"reading the probe's answer raised OSError: mine, at {place}"
+
+
+def test_an_answer_is_kept_as_plain_text(site: Site) -> None:
+    body = "class Text(str): ...\nreturn Device('cpu', Text('A'), 'a1', versions={'sdk': Text('1')})"
+    site.install("acme", probing(body))
+    found = probe(site.record("acme"))
+    assert isinstance(found, Device)
+    assert {type(text) for text in (found.name, *found.versions.values())} == {str}
+
+
+def test_a_probe_that_answers_to_every_attribute_has_no_place(site: Site) -> None:
+    odd = (
+        "\nclass Odd:\n    def __getattr__(self, name): return Odd()\n    def __call__(self): return 5\nprobe = Odd()\n"
+    )
+    site.install("acme", odd + hook())
+    found = probe(site.record("acme"))
+    assert isinstance(found, Unavailable)
+    assert found.reason == "the probe's answer is not usable: it is int, not Device or Unavailable"
