@@ -70,7 +70,7 @@ def samples() -> Iterator[Sample]:
     for fmt in formats("index"):
         two = {**base, "D": 256, "page": 24, "lens": ((1, 60),), "format": fmt}
         yield Sample(f"two_groups-{fmt}", two, dtypes=("bfloat16",))
-    yield Sample("prefill", {**base, "lens": ((66, 70), (20, 50))})  # more than a tile of queries
+    yield Sample("prefill", {**base, "lens": ((66, 66), (20, 50))})  # more than a tile of queries
     yield Sample("many_requests", {**base, "lens": batches.MANY_REQUESTS}, dtypes=("bfloat16",))
     # Rows wider than the block table reaches; tokens and requests without a key.
     yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 30), (3, 0), (5, 2)), "beyond": 200}, tags=edge)

@@ -103,7 +103,9 @@ def samples() -> Iterator[Sample]:
     yield Sample("many_heads", {**base, "H": 96, "lens": ((2, 33),)})
     yield Sample("page_of_one", {**base, "page": 1, "lens": ((1, 5), (2, 300))}, tags=edge)
     yield Sample("peaked", {**base, "lens": around_pages, "q_scale": 8.0})
-    yield Sample("uniform", {**base, "lens": ((1, 1024), (2, 2), (1, 16))}, fill="exact")
+    yield Sample("uniform", {**base, "lens": ((1, 64), (2, 2), (1, 16))}, fill="exact")
+    cancelling = {**base, "H": 1, "lens": ((1, 512),), "cancelling": True}
+    yield Sample("cancelling", cancelling, fill="exact", dtypes=("bfloat16",))
     pointer = {**TINY, "scale": 1.0, "lens": (*around_pages, (5, 3), (9, 40)), "pointer": True}
     for fmt in formats("latent"):
         yield Sample(f"pointer-{fmt}", {**pointer, "format": fmt}, fill="exact", dtypes=("bfloat16",))

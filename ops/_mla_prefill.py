@@ -100,7 +100,9 @@ def samples() -> Iterator[Sample]:
     yield Sample("no_tokens", {**TINY, "lens": ((0, 9),)}, tags=edge)
     yield Sample("many_heads", {**TINY, "H": 96, "Dv": 24, "lens": ((6, 11),)})
     yield Sample("peaked", {**TINY, "lens": ragged, "q_scale": 8.0})
-    yield Sample("uniform", {**TINY, "lens": ((1, 1024), (2, 2), (1, 1))}, fill="exact")
+    yield Sample("uniform", {**TINY, "lens": ((1, 32), (2, 2), (1, 1))}, fill="exact")
+    cancelling = {**TINY, "H": 1, "lens": ((1, 512),), "cancelling": True}
+    yield Sample("cancelling", cancelling, fill="exact", dtypes=("bfloat16",))
     yield Sample("uniform_bidirectional", {**TINY, "lens": ((5, 16), (3, 64), (2, 1)), "causal": False}, fill="exact")
     pointer = {**TINY, "scale": 1.0, "lens": (*ragged, (6, 2), (4, 64)), "pointer": True}
     yield Sample("pointer", pointer, fill="exact", dtypes=("bfloat16",))

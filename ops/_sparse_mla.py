@@ -107,7 +107,9 @@ def samples() -> Iterator[Sample]:
     yield Sample("no_tokens", {**base, "lens": ((0, 9),)}, tags=edge)
     yield Sample("many_heads", {**base, "H": 96, "lens": ((2, 33),)})
     yield Sample("peaked", {**base, "lens": ragged, "q_scale": 8.0})
-    yield Sample("uniform", {**base, "K": 1024, "lens": ((1, 1024), (2, 1030))}, fill="exact")
+    yield Sample("uniform", {**base, "K": 64, "lens": ((2, 161), (1, 80))}, fill="exact")
+    cancelling = {**base, "H": 1, "K": 512, "lens": ((1, 512),), "cancelling": True}
+    yield Sample("cancelling", cancelling, fill="exact", dtypes=("bfloat16",))
     for batch, lens in (
         ("decode-b1-64k", ((1, 70000),)),
         ("decode-b4-mtp", ((2, 4097), (1, 2048), (4, 2049), (1, 63))),
