@@ -108,7 +108,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("many_heads", {**base, "H": 96, "lens": ((2, 33),)})
     yield Sample("peaked", {**base, "lens": ragged, "q_scale": 8.0})
     yield Sample("uniform", {**base, "K": 64, "lens": ((2, 161), (1, 80))}, fill="exact")
-    cancelling = {**base, "H": 1, "K": 512, "lens": ((1, 512),), "cancelling": True}
+    cancelling = {**base, "H": 1, "K": 512, "page": 1, "lens": ((1, 512),), "cancelling": True}
     yield Sample("cancelling", cancelling, fill="exact", dtypes=("bfloat16",))
     for batch, lens in (
         ("decode-b1-64k", ((1, 70000),)),
