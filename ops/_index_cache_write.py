@@ -52,6 +52,10 @@ def samples() -> Iterator[Sample]:
     yield Sample("quantiser-fp8_132", {**TINY, "format": "fp8_132", "rows": "edges", "skip": "none"}, tags=edge)
     yield Sample("nonfinite-fp8_132", {**TINY, "format": "fp8_132", "rows": "broken"}, tags=edge)
     base = {**TINY, "format": "bf16_128"}
+    many = {**base, "D": 16, "T": 300, "page": 128, "N": 3, "skip": "first"}
+    yield Sample("many_tokens", many, dtypes=("bfloat16",))
+    slots = {**base, "D": 16, "T": 40, "page": 24, "N": 200}  # more than 4096
+    yield Sample("many_slots", slots, tags=edge, dtypes=("bfloat16",))
     yield Sample("odd_width", {**base, "D": 21}, tags=edge)
     yield Sample("one_token", {**base, "T": 1}, tags=edge)
     yield Sample("one_page", {**base, "T": 5, "N": 1}, tags=edge)

@@ -14,6 +14,7 @@ from torch import Tensor
 from glm5_hal.formats import FORMATS, formats
 from glm5_hal.ops._common import batches, caches, checks
 from glm5_hal.ops._common.indexer import INDEX_ARGS, INDEX_SCALARS, index_constraints, logit_amplification
+from glm5_hal.ops._common.latents import every_code
 from glm5_hal.ops._common.paging import causal_limits, requests, slots_of
 from glm5_hal.ops._common.precision import up
 from glm5_hal.spec import FLOATS, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample, Scalar
@@ -66,21 +67,28 @@ def samples() -> Iterator[Sample]:
     for fmt in formats("index"):
         yield Sample(f"decode-{fmt}", {**TINY, "lens": ragged, "page": 8, "format": fmt})
     base = {**TINY, "page": 8, "format": "bf16_128"}
-    yield Sample("prefill", {**base, "lens": ((37, 37), (20, 50))})
-    yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 30), (3, 0), (5, 2))}, tags=edge)
+    for fmt in formats("index"):
+        two = {**base, "D": 256, "page": 24, "lens": ((1, 60),), "format": fmt}
+        yield Sample(f"two_groups-{fmt}", two, dtypes=("bfloat16",))
+    yield Sample("prefill", {**base, "lens": ((66, 66), (20, 50))})  # more than a tile of queries
+    yield Sample("many_requests", {**base, "lens": batches.MANY_REQUESTS}, dtypes=("bfloat16",))
+    # Rows wider than the block table reaches; tokens and requests without a key.
+    yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 30), (3, 0), (5, 2)), "beyond": 200}, tags=edge)
     yield Sample("no_tokens", {**base, "lens": ((0, 9),)}, tags=edge)
     for fmt in formats("index"):
         yield Sample(f"no_pages-{fmt}", {**base, "format": fmt, "lens": ((2, 0), (0, 0)), "spare": 0}, tags=edge)
-    yield Sample("many_heads", {**base, "H": 64, "lens": ((2, 33),)})
+    yield Sample("many_heads", {**base, "H": 96, "lens": ((2, 33),)})
     # Scores so dense that a choice needs fp32; tokens that see fewer keys than a tile, as many, and more.
-    yield Sample("many_keys", {**base, "lens": ((4, 2600), (3, 2049)), "K": 1200})
+    yield Sample("many_keys", {**base, "page": 128, "lens": ((4, 2600), (3, 2049)), "K": 1200})
     yield Sample("integers", {**base, "lens": ragged}, fill="exact")
+    codes = {**base, "lens": ragged, "format": "fp8_132", "codes": True}
+    yield Sample("codes", codes, fill="exact", dtypes=("bfloat16",))
     yield Sample("nan_codes", {**base, "lens": ragged, "format": "fp8_132", "broken": True}, tags=edge)
     yield Sample("ties", {**base, "lens": ((2, 61), (1, 40)), "distinct": 7}, fill="exact")
     glm5 = frozenset({"glm5"})
     for fmt in formats("index"):
         yield Sample(
-            f"glm5-decode-{fmt}", {**GLM5, "lens": ((1, 65536), (2, 4097)), "page": 64, "format": fmt}, "standard",
+            f"glm5-decode-{fmt}", {**GLM5, "lens": ((1, 65600), (2, 4097)), "page": 64, "format": fmt}, "standard",
             tags=glm5, dtypes=("bfloat16",) if fmt != "bf16_128" else ("bfloat16", "float32"),
         )  # fmt: skip
     yield Sample(
@@ -102,12 +110,18 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     keys = draw.small(*shape, dtype=dtype) if exact else draw.normal(*shape, dtype=dtype)
     if axes.get("distinct"):  # so few different keys that scores tie across the k-th place
         keys = keys[draw.integers(0, axes["distinct"], len(keys))]
+    if axes.get("codes"):
+        keys = every_code(draw, len(keys), D, fmt.group, dtype)
     held, unread = batches.filled(fmt, batch, keys, None)
     if axes.get("broken"):  # the first code of a page's first key is NaN, of either sign
         for request, code in enumerate((0x7F, 0xFF)):
             held[0].flatten(1)[batch.block_table[request, 0], 0] = code
     q = draw.small(batch.tokens, H, D, dtype=dtype) if exact else draw.normal(batch.tokens, H, D, dtype=dtype)
+    if axes.get("codes"):  # one dim of a key alone is exact in fp32
+        dims = draw.integers(0, D, batch.tokens, H, 1)
+        q = torch.zeros_like(q).scatter(-1, dims, draw.integers(0, 2, batch.tokens, H, 1).to(q.dtype) * 2 - 1)
     weights = draw.small(batch.tokens, H) if exact else draw.normal(batch.tokens, H, scale=2.0**-6)
+    beyond = axes.get("beyond")
     args = {
         "q": q,
         "weights": weights,
@@ -115,7 +129,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
         "block_table": batch.block_table,
         "seq_lens": batch.seq_lens,
         "cu_seqlens_q": batch.cu_seqlens_q,
-        "max_seq_len": batch.max_seq_len,
+        "max_seq_len": batch.block_table.shape[1] * batch.page_size + beyond if beyond else batch.max_seq_len,
         "cache_format": fmt.name,
     }
     return Inputs(args, {"block_table": batch.unused_table, "index_cache": unread[0]})

@@ -65,6 +65,8 @@ def samples() -> Iterator[Sample]:
     for sample in logits_op.samples():
         top_k = 2048 if sample.level == "standard" else 24
         yield Sample(sample.id, {"K": top_k, **sample.axes}, sample.level, sample.fill, sample.tags, sample.dtypes)
+    more = {"H": 1, "D": 128, "K": 2304, "lens": ((1, 2400),), "page": 64, "format": "bf16_128"}
+    yield Sample("more_than_2048", more, dtypes=("bfloat16",))
 
 
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from glm5_hal.formats import FORMATS, formats
@@ -60,6 +61,10 @@ def samples() -> Iterator[Sample]:
     base = {**TINY, "format": "latent_576"}
     yield Sample("odd_widths", {**base, "L": 21, "R": 6}, tags=edge)
     yield Sample("page_of_one", {**base, "page": 1, "N": 40}, tags=edge)
+    many = {**base, "L": 16, "R": 4, "T": 300, "page": 128, "N": 3, "skip": "first"}
+    yield Sample("many_tokens", many, dtypes=("bfloat16",))
+    slots = {**base, "L": 16, "R": 4, "T": 40, "page": 24, "N": 200}  # more than 4096
+    yield Sample("many_slots", slots, tags=edge, dtypes=("bfloat16",))
     yield Sample("every_slot", {**base, "T": 32, "skip": "none"}, tags=edge)
     yield Sample("one_token", {**base, "T": 1}, tags=edge)
     yield Sample("one_page", {**base, "T": 5, "N": 1}, tags=edge)
@@ -81,9 +86,13 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
         kv_c = writes.broken_groups(kv_c, fmt.group)
     T = len(kv_c)
     slots = writes.slots(draw, T, axes["N"] * axes["page"], skipped=axes.get("skip", "some"))
+    k_pe = writes.rows(draw, T, R, dtype)
+    if axes.get("rows") == "broken":
+        k_pe[0, :4] = torch.tensor([torch.inf, 1.0, -torch.inf, 1.0])
+        k_pe[1, :2] = torch.tensor([3.4e38, -3.4e38])  # beyond bfloat16's largest, which is infinity there
     args = {
         "kv_c": kv_c,
-        "k_pe": writes.rows(draw, T, R, dtype),
+        "k_pe": k_pe,
         "slot_mapping": slots,
         "cache_format": fmt.name,
         **writes.held(draw, fmt, axes["N"], axes["page"], (L, R), dtype),

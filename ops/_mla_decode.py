@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from glm5_hal.formats import FORMATS, formats
-from glm5_hal.ops._common import caches, checks
+from glm5_hal.ops._common import batches, caches, checks
 from glm5_hal.ops._common.attention import KV_CACHE, ROPE_CACHE, attend, cache_constraints, dense_amplification
-from glm5_hal.ops._common.latents import latents, pointing_queries
+from glm5_hal.ops._common.latents import latents, pointing_queries, pushed_down
 from glm5_hal.ops._common.paging import BATCH, causal_limits, requests, slots_of
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.spec import (
@@ -87,23 +87,31 @@ def samples() -> Iterator[Sample]:
     for fmt in formats("latent"):
         yield Sample(f"decode-{fmt}", {**TINY, "lens": around_pages, "format": fmt})
     for fmt in (name for name in formats("latent") if FORMATS[name].group):
-        yield Sample(f"two_groups-{fmt}", {**TINY, "L": 256, "lens": around_pages, "format": fmt})
+        yield Sample(f"four_groups-{fmt}", {**TINY, "L": 512, "lens": around_pages, "format": fmt})
     base = {**TINY, "format": "latent_576"}
-    yield Sample("many_keys", {**base, "lens": ((3, 1026), (1, 300))})  # tokens that see as many as a tile, and more
+    # Tokens that see as many keys as a tile, and more; pages larger than GLM-5's.
+    yield Sample("many_keys", {**base, "page": 128, "lens": ((3, 1026), (1, 300))})
     yield Sample("far_peak", {**base, "lens": ((2, 1100),), "q_scale": 128.0}, tags=edge)  # exp of the gap overflows
-    yield Sample("chunked_prefill", {**base, "lens": ((23, 23), (20, 50))})
+    yield Sample("chunked_prefill", {**base, "lens": ((66, 70), (20, 50))})  # more than a tile of queries
+    yield Sample("many_requests", {**base, "lens": batches.MANY_REQUESTS}, dtypes=("bfloat16",))
+    odd = {**base, "L": 100, "page": 24, "lens": ((1, 60), (1, 128))}  # no powers of two, but for a length
+    yield Sample("odd_sizes", odd, tags=edge, dtypes=("bfloat16",))
+    below = {**base, "lens": ((1, 2), (2, 19)), "below_zero": True}  # a running maximum that starts at 0 is too high
+    yield Sample("below_zero", below, tags=edge, dtypes=("bfloat16",))
     yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 0), (4, 2), (1, 1), (0, 0))}, tags=edge)
     yield Sample("no_tokens", {**base, "lens": ((0, 9),)}, tags=edge)
-    yield Sample("many_heads", {**base, "H": 40, "lens": ((2, 33),)})
-    yield Sample("page_of_one", {**base, "page": 1, "lens": ((1, 5), (2, 11))}, tags=edge)
+    yield Sample("many_heads", {**base, "H": 96, "lens": ((2, 33),)})
+    yield Sample("page_of_one", {**base, "page": 1, "lens": ((1, 5), (2, 300))}, tags=edge)
     yield Sample("peaked", {**base, "lens": around_pages, "q_scale": 8.0})
     yield Sample("uniform", {**base, "lens": ((1, 64), (2, 2), (1, 16))}, fill="exact")
+    cancelling = {**base, "H": 1, "lens": ((1, 512),), "cancelling": True}
+    yield Sample("cancelling", cancelling, fill="exact", dtypes=("bfloat16",))
     pointer = {**TINY, "scale": 1.0, "lens": (*around_pages, (5, 3), (9, 40)), "pointer": True}
     for fmt in formats("latent"):
         yield Sample(f"pointer-{fmt}", {**pointer, "format": fmt}, fill="exact", dtypes=("bfloat16",))
     ragged = ((1, 4097), (2, 2048), (4, 2049), (1, 63), (3, 64), (1, 65), (0, 128))
     yield Sample(
-        "glm5-decode-64k", {**GLM5, "lens": ((1, 65536),), "format": "latent_576"}, "standard", tags=glm5,
+        "glm5-decode-64k", {**GLM5, "lens": ((1, 65600),), "format": "latent_576"}, "standard", tags=glm5,
         dtypes=("bfloat16",),
     )  # fmt: skip
     yield Sample(
@@ -131,6 +139,8 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
         q = torch.zeros_like(q)
     if axes.get("pointer"):
         q[..., L:] = pointing_queries(draw, visible, H, R).to(q.dtype)
+    if axes.get("below_zero"):
+        q = pushed_down(q, axes["scale"])
     blind = (visible == 0)[:, None, None].expand_as(q).clone()
     return Inputs({"q": q, **made.args}, {"q": blind, **made.poison})
 

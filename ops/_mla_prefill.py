@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glm5_hal.ops._common import checks
+from glm5_hal.ops._common import batches, checks
 from glm5_hal.ops._common.attention import dense_amplification, softmax
-from glm5_hal.ops._common.latents import pointed_keys, pointing_queries, values
+from glm5_hal.ops._common.latents import pointed_keys, pointing_queries, pushed_down, values
 from glm5_hal.ops._common.paging import causal_limits, offsets
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.plan import host_list
@@ -87,15 +87,22 @@ def samples() -> Iterator[Sample]:
     ragged = ((5, 5), (3, 17), (1, 9), (37, 37))
     yield Sample("causal", {**TINY, "lens": ragged})
     yield Sample("many_keys", {**TINY, "lens": ((131, 530), (9, 9))})  # more than a tile of queries and of keys
+    many = {**TINY, "H": 1, "lens": ((2, 1100), (260, 260), (128, 1160))}  # than two of queries, than many of keys
+    yield Sample("many_tiles", many, dtypes=("bfloat16",))
+    yield Sample("many_requests", {**TINY, "lens": batches.MANY_REQUESTS}, dtypes=("bfloat16",))
+    below = {**TINY, "lens": ((1, 2), (2, 19)), "below_zero": True}  # a running maximum that starts at 0 is too high
+    yield Sample("below_zero", below, tags=edge, dtypes=("bfloat16",))
     yield Sample("far_peak", {**TINY, "lens": ((3, 700),), "q_scale": 128.0}, tags=edge)  # exp of the gap overflows
-    yield Sample("bidirectional", {**TINY, "lens": ragged, "causal": False})
+    yield Sample("bidirectional", {**TINY, "lens": (*ragged, (2, 200)), "causal": False})
     yield Sample("chunk", {**TINY, "lens": ((7, 61), (20, 33))})
     yield Sample("empty_rows", {**TINY, "lens": ((0, 9), (4, 0), (5, 2), (0, 0), (2, 2))}, tags=edge)
     yield Sample("empty_bidirectional", {**TINY, "lens": ((5, 2), (4, 0), (0, 3)), "causal": False}, tags=edge)
     yield Sample("no_tokens", {**TINY, "lens": ((0, 9),)}, tags=edge)
-    yield Sample("many_heads", {**TINY, "H": 40, "Dv": 24, "lens": ((6, 11),)})
+    yield Sample("many_heads", {**TINY, "H": 96, "Dv": 24, "lens": ((6, 11),)})
     yield Sample("peaked", {**TINY, "lens": ragged, "q_scale": 8.0})
     yield Sample("uniform", {**TINY, "lens": ((1, 32), (2, 2), (1, 1))}, fill="exact")
+    cancelling = {**TINY, "H": 1, "lens": ((1, 512),), "cancelling": True}
+    yield Sample("cancelling", cancelling, fill="exact", dtypes=("bfloat16",))
     yield Sample("uniform_bidirectional", {**TINY, "lens": ((5, 16), (3, 64), (2, 1)), "causal": False}, fill="exact")
     pointer = {**TINY, "scale": 1.0, "lens": (*ragged, (6, 2), (4, 64)), "pointer": True}
     yield Sample("pointer", pointer, fill="exact", dtypes=("bfloat16",))
@@ -121,6 +128,9 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     if axes.get("pointer"):
         q = pointing_queries(draw, visible, H, Dqk).to(q.dtype)
         k = pointed_keys([m for _, m in lens], Dqk).to(k.dtype)[:, None].repeat(1, H, 1)
+    if axes.get("below_zero"):
+        k[..., -1] = 1.0
+        q = pushed_down(q, axes["scale"])
     blind = (visible == 0)[:, None, None]
     unseen = torch.cat([torch.full((m,), n == 0) for n, m in lens])[:, None, None]
     args = {

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from glm5_hal.formats import FORMATS, formats
-from glm5_hal.ops._common import caches, checks
+from glm5_hal.ops._common import batches, caches, checks
 from glm5_hal.ops._common.attention import KV_CACHE, ROPE_CACHE, attend, cache_constraints, score_amplification
-from glm5_hal.ops._common.latents import latents
+from glm5_hal.ops._common.latents import latents, pushed_down
 from glm5_hal.ops._common.paging import BATCH, requests, slots_of
 from glm5_hal.ops._common.precision import down, up
 from glm5_hal.spec import (
@@ -84,20 +84,34 @@ def samples() -> Iterator[Sample]:
     for fmt in formats("latent"):
         yield Sample(f"decode-{fmt}", {**TINY, "lens": ragged, "page": 8, "format": fmt})
     for fmt in (name for name in formats("latent") if FORMATS[name].group):
-        yield Sample(f"two_groups-{fmt}", {**TINY, "L": 256, "lens": ragged, "page": 8, "format": fmt})
+        yield Sample(f"four_groups-{fmt}", {**TINY, "L": 512, "lens": ragged, "page": 8, "format": fmt})
     base = {**TINY, "page": 8, "format": "latent_576"}
     edge = frozenset({"edge"})
-    yield Sample("many_keys", {**base, "K": 1100, "lens": ((1, 1300), (2, 300))})  # more than a tile or a split of them
+    # More than a tile or a split of them, more than GLM-5 chooses; pages larger than its own.
+    yield Sample("many_keys", {**base, "K": 2304, "page": 128, "lens": ((1, 2310), (2, 300))})
     yield Sample("far_peak", {**base, "K": 1100, "lens": ((1, 1100),), "q_scale": 128.0}, tags=edge)
-    yield Sample("prefill", {**base, "lens": ((37, 37), (20, 50))})
+    yield Sample("prefill", {**base, "lens": ((50, 50), (20, 50))})
+    yield Sample("many_requests", {**base, "lens": batches.MANY_REQUESTS}, dtypes=("bfloat16",))
+    yield Sample("odd_pages", {**base, "page": 24, "lens": ((1, 60),)}, tags=edge, dtypes=("bfloat16",))
+    below = {**base, "lens": ((1, 2), (2, 19)), "below_zero": True}  # a running maximum that starts at 0 is too high
+    yield Sample("below_zero", below, tags=edge, dtypes=("bfloat16",))
+    codes = {**base, "K": 1, "format": "fp8_656", "lens": ((1, 1), (7, 30)), "codes": True}
+    yield Sample("codes-fp8_656", codes, fill="exact", dtypes=("bfloat16",))
+    # What was chosen is nobody's business here: in no order, and keys that a causal mask would hide.
+    freely = {**base, "lens": ((3, 20), (4, 2)), "freely": True}
+    yield Sample("any_order_any_key", freely, tags=edge, dtypes=("bfloat16",))
+    tiles = {**base, "K": 193, "lens": ((3, 21),), "far_apart": True}
+    yield Sample("empty_tiles", tiles, tags=edge, dtypes=("bfloat16",))
     yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 30), (3, 0), (0, 0))}, tags=edge)
     yield Sample("interleaved_invalid", {**base, "lens": ragged, "holes": True}, tags=edge)
     yield Sample("no_tokens", {**base, "lens": ((0, 9),)}, tags=edge)
-    yield Sample("many_heads", {**base, "H": 40, "lens": ((2, 33),)})
+    yield Sample("many_heads", {**base, "H": 96, "lens": ((2, 33),)})
     yield Sample("peaked", {**base, "lens": ragged, "q_scale": 8.0})
     yield Sample("uniform", {**base, "K": 64, "lens": ((2, 161), (1, 80))}, fill="exact")
+    cancelling = {**base, "H": 1, "K": 512, "page": 1, "lens": ((1, 512),), "cancelling": True}
+    yield Sample("cancelling", cancelling, fill="exact", dtypes=("bfloat16",))
     for batch, lens in (
-        ("decode-b1-64k", ((1, 65536),)),
+        ("decode-b1-64k", ((1, 70000),)),
         ("decode-b4-mtp", ((2, 4097), (1, 2048), (4, 2049), (1, 63))),
     ):
         yield Sample(
@@ -127,10 +141,18 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     q = draw.normal(T, H, L + R, dtype=dtype, scale=axes.get("q_scale", 1.0))
     if sample.fill == "exact":  # equal scores over a power of two of keys: the average is exact in fp32
         q = torch.zeros_like(q)
+    if axes.get("below_zero"):
+        q = pushed_down(q, axes["scale"])
+    lengths = [s for n, s in made.batch.lens for _ in range(n)]
     indices = torch.full((T, K), -1, dtype=torch.int32)
     for t, seen in enumerate(made.batch.visible().tolist()):
-        chosen = draw.permutation(seen)[:K].sort().values.int()
+        chosen = draw.permutation(lengths[t] if axes.get("freely") else seen)[:K].int()
+        if not axes.get("freely"):
+            chosen = chosen.sort().values
         places = draw.permutation(K)[: len(chosen)].sort().values if axes.get("holes") else torch.arange(len(chosen))
+        if axes.get("far_apart"):  # at the end; of every other token, the first one at the beginning
+            places = places + K - len(chosen)
+            places[0] = places[0] if t % 2 else 0
         indices[t, places] = chosen
     if axes.get("holes") and T > 1:
         indices[1] = -1  # a token that chose nothing, of a request that has keys

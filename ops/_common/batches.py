@@ -14,6 +14,9 @@ from glm5_hal.ops._common import caches
 from glm5_hal.ops._common.paging import offsets, slots_of
 from glm5_hal.spec import Draw
 
+#: More requests than a warp has lanes, each of a few keys.
+MANY_REQUESTS = tuple((1, 4 + i % 5) for i in range(33))
+
 
 @dataclass(frozen=True)
 class Batch:

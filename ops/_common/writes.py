@@ -16,9 +16,11 @@ SLOTS = Arg("slot_mapping", "T", "int64", "flat slot of each token, block · pag
 
 
 def slots(draw: Draw, tokens: int, total: int, *, skipped: str = "some") -> Tensor:
-    """Different slots in no order; -1 for "some" tokens (every fifth), "all" (there may be no slot then) or "none"."""
+    """Different slots in no order; -1 for "some" tokens (every fifth), the "first" 16, "all" (there may be no slot
+    then) or "none"."""
     chosen: Tensor = draw.permutation(max(total, tokens))[:tokens]
-    chosen[{"some": slice(3, None, 5), "all": slice(None), "none": slice(0, 0)}[skipped]] = -1
+    places = {"some": slice(3, None, 5), "first": slice(16), "all": slice(None), "none": slice(0, 0)}
+    chosen[places[skipped]] = -1
     return chosen
 
 

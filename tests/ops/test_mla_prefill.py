@@ -36,10 +36,8 @@ def sdpa(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
     cu_q, cu_k = args["cu_seqlens_q"].tolist(), args["cu_seqlens_k"].tolist()
     for r in range(len(cu_q) - 1):
         n, m = cu_q[r + 1] - cu_q[r], cu_k[r + 1] - cu_k[r]
-        mask = torch.ones(n, m, dtype=torch.bool)
-        for i in range(n):
-            for s in range(m):
-                mask[i, s] = not args["causal"] or s <= i + m - n
+        rows = [[not args["causal"] or s <= i + m - n for s in range(m)] for i in range(n)]
+        mask = torch.tensor(rows, dtype=torch.bool).view(n, m)
         Q, K, V = (
             t.transpose(0, 1) for t in (q[cu_q[r] : cu_q[r + 1]], k[cu_k[r] : cu_k[r + 1]], v[cu_k[r] : cu_k[r + 1]])
         )
@@ -48,7 +46,7 @@ def sdpa(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
             if mask[i].any():
                 out[cu_q[r] + i] = attended[i]
                 for h in range(q.shape[1]):
-                    scores = [args["scale"] * float(Q[h, i] @ K[h, s]) for s in range(m) if mask[i, s]]
+                    scores = [args["scale"] * x for x in (K[h] @ Q[h, i])[mask[i]].tolist()]
                     top = max(scores)
                     lse[cu_q[r] + i, h] = top + math.log(math.fsum(math.exp(x - top) for x in scores))
     return out, lse

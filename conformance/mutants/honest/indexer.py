@@ -27,14 +27,14 @@ def logits(
     nothing: float = -math.inf,
     scale_last: bool = False,
 ) -> Body:
-    """indexer_logits. ``scale_last``: the keys' fp8 scale comes after the sum over heads (one group)."""
+    """indexer_logits. ``scale_last``: the keys' fp8 scale comes after the sum over heads, where there is one group."""
 
     def body(a: Args) -> Tensor:
         out = torch.full((len(a.q), a.max_seq_len), nothing)
         for r, start, stop, keys in requests(a):
             at = torch.arange(min(keys, a.max_seq_len))
             slots = reading.slot(a.block_table[r], at, a.index_cache.shape[1])
-            late = scale_last and FORMATS[a.cache_format].group
+            late = scale_last and FORMATS[a.cache_format].group == a.q.shape[-1]
             how = Reading(scale=torch.ones_like) if late else reading
             rows = read(a.cache_format, [a.index_cache], slots, a.q.shape[-1], how)
             for t in range(start, stop):
