@@ -93,10 +93,14 @@ def samples() -> Iterator[Sample]:
     edge, glm5 = frozenset({"edge"}), frozenset({"glm5"})
     for fmt in formats("latent"):
         yield Sample(f"tokens-{fmt}", {**TINY, "format": fmt})
+        half = ("bfloat16",) if fmt != "latent_576" else ("float32", "bfloat16", "float16")
+        yield Sample(f"half_layout-{fmt}", {**TINY, "layout": "half", "format": fmt}, dtypes=half)
     base = {**TINY, "format": "latent_576"}
-    yield Sample("half_layout", {**base, "layout": "half"})
-    yield Sample("small_latents", {**base, "size": 2.0**-9}, tags=edge)  # eps counts
+    yield Sample("small_latents", {**base, "size": 2.0**-9, "eps": 1e-6}, tags=edge)  # eps counts
+    yield Sample("another_eps", {**base, "size": 2.0**-9, "eps": 3e-4}, tags=edge, dtypes=("bfloat16",))
     yield Sample("float32_norms", {**base, "norms": "float32"})
+    yield Sample("float32_norms-fp8_656", {**base, "norms": "float32", "format": "fp8_656"}, dtypes=("bfloat16",))
+    yield Sample("many_rows", {**base, "T": 40, "N": 8, "H": 12}, dtypes=("bfloat16",))
     yield Sample("cancelling", {**base, "cancelling": True})
     yield Sample("one_head", {**base, "T": 1, "H": 1}, tags=edge)
     yield Sample("all_skipped", {**base, "skip": "all"}, tags=edge)
