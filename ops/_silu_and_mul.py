@@ -55,6 +55,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("one", {"shape": (1, 2)}, tags=edge)
     yield Sample("no_tokens", {"shape": (0, 64)}, tags=edge)
     yield Sample("clamped", {"shape": (5, 192), "limit": 1.5})
+    yield Sample("clamped-uneven", {"shape": (5, 192), "limit": 1.0037})  # of more digits than the narrow dtypes hold
     yield Sample("clamped_infinities", {"shape": (5, 192), "limit": 3.0, "non_finite": True}, tags=edge)
     yield Sample("saturated", {"shape": (5, 192)}, fill="exact")
     yield Sample("saturated-clamped", {"shape": (5, 192), "limit": 64.0}, fill="exact")
