@@ -111,7 +111,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
 def _special(draw: Draw, width: int, dtype: str) -> Tensor:
     """A row each of numbers that kernels which sort keys made of a score's bits, or reduce pairs, may mishandle."""
     kind = getattr(torch, dtype)
-    whole = torch.int16 if kind.itemsize == 2 else torch.int32
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[kind.itemsize]
     sign, one = torch.iinfo(whole).min, torch.ones((), dtype=kind).view(whole).item()
     normal, order = draw.normal(width, dtype=dtype), draw.permutation(width).to(whole)
     negative_nan, infinite, largest = normal.clone(), normal.clone(), normal.clone()
