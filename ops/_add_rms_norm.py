@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glm5_hal.ops._common import gains
 from glm5_hal.ops._common.precision import down, up
-from glm5_hal.ops._rms_norm import rms_norm, rounded_twice
+from glm5_hal.ops._rms_norm import rms_norm, rounded_twice, spoil
 from glm5_hal.ops._rms_norm import samples as norm_samples
 from glm5_hal.spec import FLOATS, Arg, BitExact, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample, Scalar
 
@@ -40,17 +40,18 @@ def samples() -> Iterator[Sample]:
 
 
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
-    D = sample.axes["D"]
-    shape = tuple(sample.axes[a] for a in "TH" if a in sample.axes)
+    axes, D = sample.axes, sample.axes["D"]
+    shape = axes.get("shape", tuple(axes[a] for a in "TH" if a in axes))
     # Rows differ in size by powers of two, so that a scale taken from the wrong row shows. The residual stream is
     # larger than what a block adds to it.
     size = (2.0 ** draw.integers(-3, 4, *shape, 1)).to(getattr(torch, dtype))
     x = draw.normal(*shape, D, dtype=dtype) * size
     residual = draw.normal(*shape, D, dtype=dtype, scale=4.0) * size
-    if sample.axes.get("cancels"):  # what is left of x and residual is small, so eps shows too
+    if axes.get("cancels"):  # what is left of x and residual is small, so eps shows too
         residual = -x + draw.normal(*shape, D, dtype=dtype, scale=2.0**-8)
-    weight = draw.uniform(D, dtype=dtype, low=0.25, high=1.0)
-    return Inputs({"x": x, "residual": residual, "weight": weight, "eps": 1e-5})
+    spoil(axes, x, residual)
+    weight = gains.wide(draw, D, dtype) if axes.get("wide") else draw.uniform(D, dtype=dtype, low=0.25, high=1.0)
+    return Inputs({"x": x, "residual": residual, "weight": weight, "eps": axes.get("eps", 1e-5)})
 
 
 def fuzz(pick: Pick) -> Sample:

@@ -73,6 +73,10 @@ def samples() -> Iterator[Sample]:
     yield Sample("uneven", {"N": 17, "K": 33, "rows": (1, 2, 5)}, tags=edge)
     yield Sample("one", {"N": 1, "K": 1, "rows": (1, 1)}, tags=edge)
     yield Sample("integers", {"N": 24, "K": 64, "rows": (3, 0, 7, 1), "tail": 3}, fill="exact")
+    # Past the tiles of rows, columns and features that kernels are made of.
+    yield Sample("tiles", {"N": 100, "K": 160, "rows": (3, 130)}, dtypes=("bfloat16", "float32"))
+    yield Sample("many_experts", {"N": 9, "K": 16, "rows": (1,) * 40}, tags=edge, dtypes=("bfloat16",))
+    yield Sample("long_sums", {"N": 24, "K": 2048, "rows": (3, 5)}, fill="exact", dtypes=("bfloat16",))
     rows = (8, 3, 0, 14, 21, 1, 5, 12)  # 64 tokens that came to one rank of EP32
     for name, N, K in (("gate_up", 4096, 6144), ("down", 6144, 2048)):
         yield Sample(f"glm5-{name}", {"N": N, "K": K, "rows": rows}, "standard", tags=glm5, dtypes=("bfloat16",))

@@ -49,6 +49,10 @@ def samples() -> Iterator[Sample]:
     yield Sample("single", {"shape": (3, 1), "scale": 0.7}, tags=edge)
     yield Sample("no_rows", {"shape": (0, 32), "scale": 0.7}, tags=edge)
     yield Sample("integers", {"shape": (7, 128), "scale": 0.125}, fill="exact")
+    for D in (4, 8, 16, 32, 256, 512, 1024, 2048, 4096):
+        yield Sample(f"rows-{D}", {"shape": (3, D), "scale": 0.3}, dtypes=("bfloat16",))
+    # Sums beyond float16's range, of which the scale brings the result back.
+    yield Sample("large_sums", {"shape": (3, 128), "scale": 2.0**-7, "shift": 600.0}, tags=edge, dtypes=("float16",))
     standard: dict[str, Any] = {"level": "standard", "dtypes": ("bfloat16", "float32")}
     for name, tokens, heads in (("glm5-indexer-q", 256, 32), ("dsv32-indexer-q", 128, 64)):
         tags = glm5 if name.startswith("glm5") else frozenset()
@@ -63,7 +67,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
         return Inputs({"x": draw.small(*shape, dtype=dtype, bound=127), "scale": sample.axes["scale"]})
     x = draw.normal(*shape, dtype=dtype)
     x[..., :1] *= 16  # an outlier, which the transform spreads
-    return Inputs({"x": x, "scale": sample.axes["scale"]})
+    return Inputs({"x": x + sample.axes.get("shift", 0.0), "scale": sample.axes["scale"]})
 
 
 def fuzz(pick: Pick) -> Sample:

@@ -106,7 +106,13 @@ def samples() -> Iterator[Sample]:
         yield Sample(f"half_hadamard-{fmt}", {**TINY, "layout": "half", "hadamard": True, "format": fmt})
     base = {**TINY, "format": "bf16_128"}
     yield Sample("float32_weights", {**base, "weights": "float32", "norms": "float32"})
+    yield Sample("interleaved_hadamard", {**base, "hadamard": True}, dtypes=("bfloat16",))  # as in GLM-5
+    wide = {"weights": "float32", "norms": "float32", "hadamard": True}
+    yield Sample("float32_weights-fp8_132", {**TINY, **wide, "format": "fp8_132"}, dtypes=("bfloat16", "float16"))
     yield Sample("small_keys", {**base, "size": 2.0**-9}, tags=edge)  # eps counts
+    odd = {"size": 2.0**-9, "eps": 3e-4, "weights_scale": 0.3}
+    yield Sample("another_eps", {**base, **odd}, tags=edge, dtypes=("bfloat16",))
+    yield Sample("many_rows", {**base, "T": 40, "N": 8}, dtypes=("bfloat16",))
     yield Sample("all_rope", {**base, "D": 24, "R": 24}, tags=edge)
     yield Sample("all_skipped", {**base, "skip": "all"}, tags=edge)
     yield Sample("no_tokens", {**base, "T": 0}, tags=edge)
@@ -133,8 +139,8 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
         "sin": sin,
         "slot_mapping": writes.slots(draw, T, axes["N"] * axes["page"], skipped=axes.get("skip", "some")),
         "num_heads": H,
-        "weights_scale": (H * D) ** -0.5,
-        "eps": 1e-6,
+        "weights_scale": axes.get("weights_scale", (H * D) ** -0.5),
+        "eps": axes.get("eps", 1e-6),
         "layout": axes.get("layout", "interleaved"),
         "hadamard": axes.get("hadamard", False),
         "cache_format": fmt.name,

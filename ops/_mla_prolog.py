@@ -93,10 +93,16 @@ def samples() -> Iterator[Sample]:
     edge, glm5 = frozenset({"edge"}), frozenset({"glm5"})
     for fmt in formats("latent"):
         yield Sample(f"tokens-{fmt}", {**TINY, "format": fmt})
+        half = ("bfloat16",) if fmt != "latent_576" else ("float32", "bfloat16", "float16")
+        yield Sample(f"half_layout-{fmt}", {**TINY, "layout": "half", "format": fmt}, dtypes=half)
     base = {**TINY, "format": "latent_576"}
-    yield Sample("half_layout", {**base, "layout": "half"})
-    yield Sample("small_latents", {**base, "size": 2.0**-9}, tags=edge)  # eps counts
-    yield Sample("float32_norms", {**base, "norms": "float32"})
+    yield Sample("small_latents", {**base, "size": 2.0**-9, "eps": 1e-6}, tags=edge)  # eps counts
+    yield Sample("another_eps", {**base, "size": 2.0**-9, "eps": 3e-4}, tags=edge, dtypes=("bfloat16",))
+    many = {**base, "T": 40, "N": 8}
+    norms = {"norms": "float32", "size": 2.0**-3}  # few of a row's digits are the rope's, which is not normed
+    yield Sample("float32_norms", {**many, **norms})
+    yield Sample("float32_norms-fp8_656", {**base, **norms, "format": "fp8_656"}, dtypes=("bfloat16",))
+    yield Sample("many_rows", {**many, "H": 12}, dtypes=("bfloat16",))
     yield Sample("cancelling", {**base, "cancelling": True})
     yield Sample("one_head", {**base, "T": 1, "H": 1}, tags=edge)
     yield Sample("all_skipped", {**base, "skip": "all"}, tags=edge)
@@ -110,17 +116,17 @@ def samples() -> Iterator[Sample]:
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     axes = sample.axes
     T, E, Q, H, K, L, R = (axes[a] for a in "TEQHKLR")
-    fmt, norms = FORMATS[axes["format"]], axes.get("norms", dtype)
+    fmt, wide = FORMATS[axes["format"]], axes.get("norms") == "float32"
     cos, sin = unit_tables(draw, T, R // 2)
     # Tokens differ in size by powers of two, so that a norm taken from another token shows.
     size = axes.get("size", 1.0) * 2.0 ** draw.integers(-1, 2, T, 1)
     args = {
         "x": draw.normal(T, E, dtype=dtype) * size.to(getattr(torch, dtype)),
         "w_q_a": weight(draw, Q, E, dtype),
-        "q_a_norm": draw.uniform(Q, dtype=norms, low=0.5, high=1.5),
+        "q_a_norm": gains.wide(draw, Q, dtype) if wide else draw.uniform(Q, dtype=dtype, low=0.5, high=1.5),
         "w_q_b": weight(draw, H * (K + R), Q, dtype),
         "w_kv_a": weight(draw, L + R, E, dtype),
-        "kv_a_norm": draw.uniform(L, dtype=norms, low=0.5, high=1.5),
+        "kv_a_norm": gains.wide(draw, L, dtype) if wide else draw.uniform(L, dtype=dtype, low=0.5, high=1.5),
         "w_uk": weight(draw, H * L, K, dtype).view(H, L, K).transpose(1, 2).contiguous(),
         "cos": cos,
         "sin": sin,

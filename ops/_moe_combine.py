@@ -48,6 +48,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("one", {"T": 1, "K": 1, "D": 1}, tags=edge)
     yield Sample("no_tokens", {**tiny, "T": 0, "spare": 3, "shared": True}, tags=edge)
     yield Sample("integers", {**tiny, "elsewhere": 2, "spare": 2, "shared": True}, fill="exact")
+    yield Sample("many_slots", {"T": 260, "K": 9, "D": 3}, dtypes=("bfloat16",))  # many tokens too
     glm = {"K": 8, "D": 6144}
     standard: dict[str, Any] = {"level": "standard", "tags": glm5, "dtypes": ("bfloat16", "float32")}
     yield Sample("glm5", {**glm, "T": 128, "shared": True}, **standard)
@@ -58,6 +59,12 @@ def samples() -> Iterator[Sample]:
 def router_weights(draw: Draw, tokens: int, top_k: int) -> Tensor:
     """Weights between 0 and 1, some far smaller than others, fp32."""
     return draw.normal(tokens, top_k, dtype="float32", scale=2.0**-3) + 0.5
+
+
+def exact_weights(draw: Draw, tokens: int, top_k: int) -> Tensor:
+    """Weights of more digits than the narrow dtypes hold; products with integers, and sums, are exact in fp32. None is
+    zero: a product of zero would have a sign."""
+    return (2049.0 + 2.0 * draw.integers(0, 1024, tokens, top_k)) / 4096
 
 
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
@@ -72,8 +79,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     unread = torch.ones(M, 1, dtype=torch.bool).index_fill(0, order, False).expand(M, D)
     # As many digits as bfloat16 holds: a sum that is rounded to storage after every expert shows.
     y = draw.small(M, D, dtype=dtype, bound=127) if exact else draw.normal(M, D, dtype=dtype)
-    # No weight is zero in the exact fill: a product of zero would have a sign.
-    weights = (1.0 + draw.integers(0, 4, T, K)) / 4 if exact else router_weights(draw, T, K)
+    weights = exact_weights(draw, T, K) if exact else router_weights(draw, T, K)
     extra = None
     if axes.get("shared"):
         extra = draw.small(T, D, dtype=dtype) if exact else draw.normal(T, D, dtype=dtype)

@@ -16,7 +16,7 @@ from glm5_hal.ops._common.draws import mirrored
 from glm5_hal.ops._common.prolog import WEIGHT_FORMAT
 from glm5_hal.ops._common.references import loosest
 from glm5_hal.ops._grouped_gemm import expert_weights
-from glm5_hal.ops._moe_combine import router_weights
+from glm5_hal.ops._moe_combine import exact_weights, router_weights
 from glm5_hal.ops._moe_permute import chosen_experts
 from glm5_hal.ops._silu_and_mul import LIMIT
 from glm5_hal.spec import FLOATS, Arg, BadInput, Calibrated, Cost, Draw, Inputs, OpSpec, Out, Pick, Sample, Scalar
@@ -67,6 +67,9 @@ def samples() -> Iterator[Sample]:
     yield Sample("one_expert", {**tiny, "K": 1, "E": 1}, tags=edge)
     yield Sample("no_experts", {**tiny, "E": 0, "elsewhere": 8, "shared": True}, tags=edge)
     yield Sample("no_tokens", {**tiny, "T": 0, "shared": True}, tags=edge)
+    yield Sample("many_rows", {**tiny, "T": 40, "K": 1, "E": 1}, dtypes=("bfloat16",))
+    yield Sample("many_slots", {**tiny, "T": 5, "K": 9, "E": 12}, dtypes=("bfloat16",))
+    yield Sample("repeated_expert", {**tiny, "repeat": True}, tags=edge, dtypes=("bfloat16",))
     # One rank of EP32, as a low-latency dispatch delivers: one copy of a token for each of its experts here.
     glm = {"D": 6144, "I": 2048}
     yield Sample("glm5-ep32", {**glm, "T": 64, "K": 1, "E": 8}, "standard", tags=glm5, dtypes=("bfloat16",))
@@ -79,11 +82,11 @@ def samples() -> Iterator[Sample]:
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     axes = sample.axes
     T, K, D, I, E = (axes[a] for a in "TKDIE")  # noqa: E741 - the letters of the legend
-    ids = chosen_experts(draw, T, K, E, axes.get("elsewhere", 0))
+    ids = chosen_experts(draw, T, K, E, axes.get("elsewhere", 0), repeat=axes.get("repeat", False))
     unread = (ids < 0).all(1, keepdim=True).expand(T, D)
     if sample.fill == "exact":
         x, w_gate_up, w_down = _integers(draw, T, D, I, E, dtype)
-        weights = (1.0 + draw.integers(0, 4, T, K)) / 4
+        weights = exact_weights(draw, T, K)
     else:
         x, weights = draw.normal(T, D, dtype=dtype), router_weights(draw, T, K)
         w_gate_up, w_down = (expert_weights(draw, E, *dims, dtype=dtype) for dims in ((2 * I, D), (D, I)))

@@ -43,10 +43,12 @@ def check_values(args: Mapping[str, Any]) -> None:
     checks.in_range("moe_permute", "topk_ids", args["topk_ids"], -1, n, f"there are {n} experts, -1 is none of them")
 
 
-def chosen_experts(draw: Draw, tokens: int, top_k: int, experts: int, elsewhere: int = 0) -> Tensor:
+def chosen_experts(
+    draw: Draw, tokens: int, top_k: int, experts: int, elsewhere: int = 0, *, repeat: bool = False
+) -> Tensor:
     """Distinct experts for every token, int32; of ``elsewhere`` in 8 ids the expert is on another rank (-1).
 
-    Then the first token has no expert here, the last one all of them.
+    Then the first token has no expert here, the last one all of them. With ``repeat`` some tokens name one twice.
     """
     order: Tensor = draw.integers(0, 1 << 40, tokens, experts).argsort(dim=-1, stable=True)
     away = draw.integers(0, 8, tokens, top_k) < elsewhere
@@ -54,7 +56,10 @@ def chosen_experts(draw: Draw, tokens: int, top_k: int, experts: int, elsewhere:
         away[0], away[-1] = True, False
     if not experts:
         return torch.full((tokens, top_k), -1, dtype=torch.int32)
-    return order[:, :top_k].int().masked_fill(away, -1)
+    ids = order[:, :top_k].int().masked_fill(away, -1)
+    if repeat:
+        ids[2::3, 1] = ids[2::3, 0]
+    return ids
 
 
 def samples() -> Iterator[Sample]:
@@ -67,6 +72,9 @@ def samples() -> Iterator[Sample]:
     yield Sample("one_expert", {**tiny, "K": 1, "E": 1}, tags=edge)
     yield Sample("no_experts", {**tiny, "E": 0, "elsewhere": 8}, tags=edge | {"empty"})
     yield Sample("no_tokens", {**tiny, "T": 0}, tags=edge)
+    yield Sample("repeated_expert", {**tiny, "repeat": True}, tags=edge, dtypes=("bfloat16",))
+    yield Sample("bits", {**tiny, "bits": True}, tags=edge)
+    yield Sample("many_rows", {"T": 60, "K": 9, "D": 2, "E": 288}, dtypes=("bfloat16",))
     standard: dict[str, Any] = {"level": "standard", "tags": glm5, "dtypes": ("bfloat16",)}
     yield Sample("glm5", {"T": 128, "K": 8, "D": 6144, "E": 256}, **standard)
     yield Sample("glm5-ep32", {"T": 256, "K": 8, "D": 6144, "E": 8, "elsewhere": 6}, **standard)
@@ -75,8 +83,10 @@ def samples() -> Iterator[Sample]:
 
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     T, K, D, E = (sample.axes[a] for a in "TKDE")
-    ids = chosen_experts(draw, T, K, E, sample.axes.get("elsewhere", 0))
+    ids = chosen_experts(draw, T, K, E, sample.axes.get("elsewhere", 0), repeat=sample.axes.get("repeat", False))
     x = draw.normal(T, D, dtype=dtype)
+    if sample.axes.get("bits"):  # numbers that arithmetic does not always give back
+        x[:, 1::4], x[:, 2::4] = -0.0, torch.finfo(x.dtype).smallest_normal / 4
     unread = (ids < 0).all(1, keepdim=True).expand(T, D)
     return Inputs({"x": x.masked_fill(unread, 77.0), "topk_ids": ids, "num_experts": E}, {"x": unread})
 

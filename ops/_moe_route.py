@@ -166,6 +166,11 @@ def samples() -> Iterator[Sample]:
     yield smoke("every_expert", {**TINY, "top_k": 48}, tags=edge)
     yield smoke("one_of_one", {"T": 5, "E": 1, "top_k": 1, "norm_topk_prob": False}, tags=edge)
     yield smoke("no_tokens", {**GROUPS, "T": 0}, tags=edge)
+    yield smoke("many_experts", {**TINY, "E": 288})
+    yield smoke("twelve_groups", {**TINY, "n_group": 12, "topk_group": 6})
+    yield smoke("large_softmax", {**TINY, "scoring_func": "softmax", "biased": False, "offset": 95.0}, tags=edge)
+    yield smoke("far_rows", {**TINY, "biased": False, "far": True}, tags=edge)
+    yield Sample("many_tokens", {**TINY, "T": 1100}, "standard", dtypes=only)
     for tokens in (64, 1024):
         glm5 = frozenset({"glm5"})
         yield Sample(f"glm5-{tokens}", {**GLM5, "T": tokens}, "standard", tags=glm5, dtypes=only)
@@ -185,6 +190,9 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
             logits = _distinct_groups(draw, logits, axes["n_group"], values)
     elif axes.get("biased", True):
         bias = draw.normal(E, dtype=dtype, scale=2.0**-3) + axes.get("shift", 0.0)
+    if axes.get("far"):  # where e^x overflows, and where scores all but vanish
+        logits[0] += 95.0
+        logits[1] -= 70.0
     options = {name: axes[name] for name in OPTIONS if name in axes}
     defaults = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0}
     scored = {"scoring_func": "sigmoid"}

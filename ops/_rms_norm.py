@@ -36,15 +36,37 @@ def samples() -> Iterator[Sample]:
     yield Sample("one", {"T": 1, "D": 1}, tags=frozenset({"edge"}))
     yield Sample("empty", {"T": 0, "D": 64}, tags=frozenset({"edge"}))
     yield Sample("uneven", {"T": 3, "D": 515}, tags=frozenset({"edge"}))
+    edge, narrow = frozenset({"edge"}), ("bfloat16", "float16")
+    yield Sample("wide", {"T": 2, "D": 7168}, dtypes=("bfloat16",))
+    yield Sample("many_rows", {"T": 260, "D": 3}, dtypes=("bfloat16",))
+    yield Sample("leading_dims", {"shape": (2, 3), "D": 96}, dtypes=("bfloat16",))
+    yield Sample("vector", {"shape": (), "D": 96}, tags=edge, dtypes=("bfloat16",))
+    yield Sample("small_rows", {"T": 4, "D": 96, "small": True}, tags=edge)  # eps counts
+    yield Sample("another_eps", {"T": 4, "D": 96, "small": True, "eps": 3e-3}, tags=edge)
+    yield Sample("large_values", {"T": 3, "D": 96, "large": True}, tags=edge, dtypes=("float16",))
+    yield Sample("float32_weight", {"T": 64, "D": 24, "wide": True}, dtypes=narrow)
     for name, tokens, dim in (("hidden", 64, 6144), ("q_lora", 64, 2048), ("kv_lora", 256, 512)):
         yield Sample(f"glm5-{name}", {"T": tokens, "D": dim}, "standard", tags=frozenset({"glm5"}))
 
 
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
-    T, D = sample.axes["T"], sample.axes["D"]
+    axes, D = sample.axes, sample.axes["D"]
+    shape = axes.get("shape", (axes.get("T"),))
     # Rows differ in size by powers of two, so that a scale taken from the wrong row shows.
-    x = draw.normal(T, D, dtype=dtype) * (2.0 ** draw.integers(-3, 4, T, 1)).to(getattr(torch, dtype))
-    return Inputs({"x": x, "weight": draw.uniform(D, dtype=dtype, low=0.25, high=1.0), "eps": 1e-5})
+    x = draw.normal(*shape, D, dtype=dtype) * (2.0 ** draw.integers(-3, 4, *shape, 1)).to(getattr(torch, dtype))
+    spoil(axes, x)
+    gain = gains.wide(draw, D, dtype) if axes.get("wide") else draw.uniform(D, dtype=dtype, low=0.25, high=1.0)
+    return Inputs({"x": x, "weight": gain, "eps": axes.get("eps", 1e-5)})
+
+
+def spoil(axes: Mapping[str, Any], x: Tensor, residual: Tensor | None = None) -> None:
+    """Rows of which the size is nothing beside eps, or an element of which float16 cannot hold the square."""
+    for part in (x,) if residual is None else (x, residual):
+        if axes.get("small"):
+            part[0] = 0.0
+            part[1:] *= 2.0**-9
+        if axes.get("large"):
+            part[:, 0] = 300.0 if part is x else 0.0
 
 
 def fuzz(pick: Pick) -> Sample:

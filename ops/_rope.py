@@ -67,6 +67,11 @@ def samples() -> Iterator[Sample]:
         yield Sample(f"integers-{layout}", {"shape": (5, 3, 16), "layout": layout}, fill="exact")
         yield Sample(f"one_pair-{layout}", {"shape": (3, 1, 2), "layout": layout}, tags=edge)
         yield Sample(f"no_tokens-{layout}", {"shape": (0, 3, 16), "layout": layout}, tags=edge)
+        yield Sample(f"many_heads-{layout}", {"shape": (2, 72, 72), "layout": layout}, dtypes=("bfloat16",))
+    yield Sample(
+        "float64_tables", {"shape": (3, 2, 16), "layout": "interleaved", "tables": "float64"}, fill="exact",
+        dtypes=("bfloat16",),
+    )  # fmt: skip
     yield Sample("no_heads", {"shape": (4, 0, 16), "layout": "interleaved"}, tags=edge)
     yield Sample("grouped_heads", {"shape": (4, 2, 3, 16), "layout": "interleaved"}, tags=edge)
     standard: dict[str, Any] = {"level": "standard", "tags": glm5, "dtypes": ("bfloat16", "float32")}
@@ -87,6 +92,7 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     else:
         x = draw.normal(*shape, dtype=dtype)
         cos, sin = unit_tables(draw, T, half)
+    cos, sin = (table.to(getattr(torch, sample.axes.get("tables", "float32"))) for table in (cos, sin))
     return Inputs({"x": x, "cos": cos, "sin": sin, "layout": sample.axes["layout"]})
 
 

@@ -55,9 +55,12 @@ def samples() -> Iterator[Sample]:
     yield Sample("one", {"shape": (1, 2)}, tags=edge)
     yield Sample("no_tokens", {"shape": (0, 64)}, tags=edge)
     yield Sample("clamped", {"shape": (5, 192), "limit": 1.5})
+    yield Sample("clamped-uneven", {"shape": (5, 192), "limit": 1.0037})  # of more digits than the narrow dtypes hold
     yield Sample("clamped_infinities", {"shape": (5, 192), "limit": 3.0, "non_finite": True}, tags=edge)
     yield Sample("saturated", {"shape": (5, 192)}, fill="exact")
     yield Sample("saturated-clamped", {"shape": (5, 192), "limit": 64.0}, fill="exact")
+    yield Sample("wide", {"shape": (2, 26000)}, dtypes=("bfloat16",))
+    yield Sample("vector", {"shape": (70,)}, tags=edge, dtypes=("bfloat16",))
     standard: dict[str, Any] = {"level": "standard", "dtypes": ("bfloat16", "float32")}
     yield Sample("glm5-expert", {"shape": (256, 4096)}, tags=glm5, **standard)
     yield Sample("glm5-dense", {"shape": (32, 24576)}, tags=glm5, **standard)

@@ -61,6 +61,14 @@ def samples() -> Iterator[Sample]:
     yield Sample("no_rows", {"T": 0, "S": 64, "K": 8}, tags=frozenset({"edge"}))
     yield Sample("no_keys", {"T": 2, "S": 0, "K": 8}, tags=frozenset({"edge"}))
     yield Sample("one", {"T": 1, "S": 1, "K": 1}, tags=frozenset({"edge"}))
+    yield Sample("many_rows", {"T": 40, "S": 50, "K": 9}, dtypes=("bfloat16",))
+    yield Sample("clustered", {"T": 2, "S": 6000, "K": 2304, "cluster": 2200}, dtypes=("float32",))
+    yield Sample("special", {"T": 9, "S": 41, "K": 8, "special": True}, tags=frozenset({"edge", "ties"}))
+    yield Sample(
+        "special-best", {"T": 9, "S": 41, "K": 1, "special": True}, tags=frozenset({"edge", "ties"}),
+        dtypes=("float32",),
+    )  # fmt: skip
+    yield Sample("wide_rows", {"T": 2, "S": 140_000, "K": 600}, "standard", dtypes=("float32",))
     for keys in (2047, 2049, 16384):
         yield Sample(f"glm5-{keys}", {"T": 16, "S": keys, "K": 2048}, "standard", tags=frozenset({"glm5"}))
     yield Sample("glm5-ties-4097", {"T": 16, "S": 4097, "K": 2048, "values": 40}, "standard", tags=frozenset({"glm5"}))
@@ -70,6 +78,9 @@ def samples() -> Iterator[Sample]:
 
 def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     T, S, K = (sample.axes[a] for a in "TSK")
+    if sample.axes.get("special"):
+        scores = _special(draw, S, dtype)
+        return Inputs({"scores": scores, "seq_lens": torch.tensor([S] * (T - 1) + [0]).int(), "top_k": K})
     if "values" in sample.axes:  # few distinct values: ties across the k-th place in every row
         scores = draw.integers(0, sample.axes["values"], T, S).to(getattr(torch, dtype)) - 2
     elif sample.axes.get("zeros"):  # the k-th place is among zeros of both signs
@@ -79,6 +90,8 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
         scores = draw.normal(T, S, dtype=dtype) + sample.axes.get("shift", 0.0)
     if "period" in sample.axes:  # the best scores stand a period apart: what a stride of it sees is not typical
         scores[:, :: sample.axes["period"]] += 8.0
+    if "cluster" in sample.axes:  # the best scores stand side by side
+        scores[:, : sample.axes["cluster"]] += 8.0
     if sample.axes.get("lowest"):  # half of the scores are the lowest number: eligible, and no mark of a mask
         scores[draw.integers(0, 2, T, S) == 0] = torch.finfo(scores.dtype).min
         scores[:, K // 2 :] = scores[:, K // 2 :].clamp_max(torch.finfo(scores.dtype).min)
@@ -93,6 +106,23 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     beyond = torch.arange(S) >= lengths[:, None]
     scores[beyond] = 96.0  # garbage that would win
     return Inputs({"scores": scores, "seq_lens": lengths, "top_k": K}, {"scores": beyond})
+
+
+def _special(draw: Draw, width: int, dtype: str) -> Tensor:
+    """A row each of numbers that kernels which sort keys made of a score's bits, or reduce pairs, may mishandle."""
+    kind = getattr(torch, dtype)
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[kind.itemsize]
+    sign, one = torch.iinfo(whole).min, torch.ones((), dtype=kind).view(whole).item()
+    normal, order = draw.normal(width, dtype=dtype), draw.permutation(width).to(whole)
+    negative_nan, infinite, largest = normal.clone(), normal.clone(), normal.clone()
+    quiet = torch.full((), torch.inf, dtype=kind).view(whole) | torch.full((), torch.nan, dtype=kind).view(whole)
+    negative_nan[3:] = (quiet | sign).view(kind)
+    infinite[10:30] = torch.inf
+    largest[5:10], largest[10:15] = torch.finfo(kind).max, torch.inf
+    rows = [torch.arange(width).to(kind), normal, negative_nan, infinite, largest]
+    # Subnormals, and neighbours in the last bits: above one, and below minus one.
+    rows += [order.view(kind), (order + one).view(kind), (order + one | sign).view(kind), normal]
+    return torch.stack(rows)
 
 
 def fuzz(pick: Pick) -> Sample:

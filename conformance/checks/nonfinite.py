@@ -60,7 +60,8 @@ def _per_row(trial: Trial) -> list[str]:
     leads = {"T", "S", "N", "M", "..."}
     args, written = trial.inputs.args, trial.spec.mutates
     per_row = [a.name for a in trial.spec.args if a.dims.split()[0] in leads and a.name not in written]
-    return [n for n in per_row if args[n] is not None and args[n].is_floating_point() and args[n].numel()]
+    given = {n: args[n] for n in per_row if args[n] is not None}
+    return [n for n, t in given.items() if t.is_floating_point() and t.numel() and t.dim() > 1]  # a vector has no rows
 
 
 def _judge(trial: Trial, args: Mapping[str, Any], spoilt: Run, value: float) -> Finding:

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from glm5_hal.spec import BadInput, Constraint
+import torch
+from torch import Tensor
+
+from glm5_hal.spec import BadInput, Constraint, Draw
 
 
 def as_wide(*names: str, activations: str = "x") -> Constraint:
@@ -22,6 +25,13 @@ def as_wide(*names: str, activations: str = "x") -> Constraint:
         f"pass {' and '.join(names)} in the dtype of {activations}, or in float32",
         code="DTYPE",
     )
+
+
+def wide(draw: Draw, size: int, activations: str) -> Tensor:
+    """float32 gains that all lose the same share, in the same direction, where they are rounded to the dtype of the
+    activations: a kernel that reads them as such is off by more than chance."""
+    share = torch.finfo(getattr(torch, activations)).eps * 7 / 16
+    return 2.0 ** draw.integers(-2, 1, size).float() * (1.0 + share)
 
 
 def errors(*names: str) -> tuple[BadInput, ...]:
