@@ -38,7 +38,7 @@ def samples() -> Iterator[Sample]:
     yield Sample("uneven", {"T": 3, "D": 515}, tags=frozenset({"edge"}))
     edge, narrow = frozenset({"edge"}), ("bfloat16", "float16")
     yield Sample("wide", {"T": 2, "D": 7168}, dtypes=("bfloat16",))
-    yield Sample("many_rows", {"T": 260, "D": 3}, dtypes=("bfloat16",))
+    yield Sample("many_rows", {"T": 260, "D": 4}, dtypes=("bfloat16",))
     yield Sample("leading_dims", {"shape": (2, 3), "D": 96}, dtypes=("bfloat16",))
     yield Sample("vector", {"shape": (), "D": 96}, tags=edge, dtypes=("bfloat16",))
     yield Sample("small_rows", {"T": 4, "D": 96, "small": True}, tags=edge)  # eps counts

@@ -40,7 +40,7 @@ def test_a_kernel_that_knows_the_shapes_of_one_seed_fails_on_another() -> None:
     known, right = shapes(case, 0), honest.rms_norm()
 
     def made_for_seed_0(a: honest.Args) -> object:
-        return right(a) if tuple(a.x.shape) == known["x"] else right(a) * 1.01
+        return right(a) if a.x.shape[-1] == known["x"][-1] else right(a) * 1.01
 
     with installed(Made("rms_norm", kernel("rms_norm", made_for_seed_0))):
         (target,) = targets(NAME)

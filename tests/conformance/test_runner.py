@@ -109,7 +109,7 @@ DECLARED: dict[str, tuple[str, Requirement, str]] = {
     "LIMIT": ("topk_indices", limit("top_k", 0), "top_k must be <= 0, got "),
     "MINIMUM": ("topk_indices", at_least("S", 1 << 20), "S must be >= "),
     "MULTIPLE": ("topk_indices", multiple_of("S", 1 << 20), "S must be multiple of "),
-    "CHOICE": ("mla_decode", one_of("kv_lora_rank", 512), "kv_lora_rank must be one of 512"),
+    "CHOICE": ("mla_decode", one_of("kv_lora_rank", 4096), "kv_lora_rank must be one of 4096"),
     "ARCH": ("topk_indices", arch("other"), "this kernel is for other, the device is stand-in"),
     "FEATURE": ("topk_indices", feature("fp8", "buy another"), "lacks fp8"),
     "PACKAGE": ("topk_indices", package("no-such-sdk", ">=2"), "no-such-sdk is not installed"),
@@ -187,14 +187,14 @@ def test_a_composite_is_judged_on_its_parts() -> None:
 def test_a_composite_claims_what_all_of_its_parts_claim() -> None:
     logits = Made("indexer_logits", kernel("indexer_logits", honest.logits()), frozenset({"deterministic"}))
     every = frozenset({"deterministic", "sorted_indices", "canonical_ties"})
-    result = judged("lightning_indexer[float32-integers]", logits, Made("topk_indices", TOPK, every))
+    result = judged("lightning_indexer[bfloat16-integers]", logits, Made("topk_indices", TOPK, every))
     assert result.checks["rerun"] == "ok"
     assert result.checks["batch"].startswith("n/a: the kernel does not claim batch_invariant")
     descending = kernel("topk_indices", honest.topk(ascending=False))
-    unsorted = judged("lightning_indexer[float32-integers]", logits, Made("topk_indices", descending, every))
+    unsorted = judged("lightning_indexer[bfloat16-integers]", logits, Made("topk_indices", descending, every))
     assert (unsorted.verdict, unsorted.code) == ("FAIL", "accuracy")
     without = frozenset({"deterministic"})
-    assert judged("lightning_indexer[float32-integers]", logits, Made("topk_indices", descending, without)).ok
+    assert judged("lightning_indexer[bfloat16-integers]", logits, Made("topk_indices", descending, without)).ok
 
 
 # --- FAIL ------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_a_composite_claims_what_all_of_its_parts_claim() -> None:
         (NotImplementedError("odd widths"), "FAIL", "KERNEL"),
         (HalError("NO_KERNEL", "not today", fix="wait"), "FAIL", "NO_KERNEL"),
         (HalError("VALUE", "I do not like it"), "FAIL", "VALUE"),
-        (SystemExit(0), "FAIL", "RAISED"),
+        (SystemExit(0), "FAIL", "KERNEL"),
         (GeneratorExit(), "FAIL", "RAISED"),
         (pytest.skip.Exception("skipped"), "FAIL", "RAISED"),
         (MemoryError(), "OOM", ""),

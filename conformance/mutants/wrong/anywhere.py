@@ -326,7 +326,7 @@ ANYWHERE = [
     *(Wrong(op, f"writes past {name}", past_its_end(op, name), "integrity") for op, name in {
         "mla_cache_write": "kv_cache", "index_cache_write": "index_cache", "rms_norm": "x",
     }.items()),
-    Wrong("rms_norm", "exits", raising("rms_norm", SystemExit(0)), "RAISED"),
+    Wrong("rms_norm", "exits", raising("rms_norm", SystemExit(0)), "KERNEL"),
     Wrong("rms_norm", "is not there after all", raising("rms_norm", HalError("NO_KERNEL", "not today")), "NO_KERNEL"),
     Wrong("rms_norm", "is not implemented", raising("rms_norm", NotImplementedError("odd widths")), "KERNEL"),
     Wrong("rms_norm", "returns nothing", lambda: wrapped("rms_norm", lambda reference, a: None), "form"),

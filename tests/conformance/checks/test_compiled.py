@@ -64,6 +64,6 @@ def test_a_schema_that_lies_is_caught() -> None:
 @pytest.mark.parametrize("op", ["add_rms_norm", "mla_cache_write", "moe_experts"])
 def test_kernels_of_the_cpu_pass(op: str) -> None:
     (case,) = (c for c in cases("full", (op,)) if c.sample.id == "compiled")
-    for result in runner.run([case], targets("cpu"), 0):
+    for result in runner.run([case], [*targets("cpu:torch"), *targets("cpu:reference")], 0):
         assert result.ok, result.detail
         assert result.checks["compiled"] == "ok"
