@@ -45,6 +45,7 @@ def table(results: Sequence[Result]) -> RenderableType:
             _worst(group),
             f"{sum(r.seconds for r in group):.1f}",
         )
+    shown.caption_justify = "left"
     shown.caption = "\n".join(f"{target} has no kernel of {n} ops: UNSUPPORTED there" for target, n in missing.items())
     return shown
 
