@@ -39,11 +39,11 @@ class Quantiser:
     nonfinite: bool = True
 
     def __call__(self, x: Tensor, group: int, floor: str) -> tuple[Tensor, Tensor]:
-        groups = x.float().reshape(len(x), -1, group)
+        groups = x.float().reshape(len(x), x.shape[1] // group, group)
         broken = ~groups.isfinite().all(-1) if self.nonfinite else torch.zeros(groups.shape[:-1], dtype=torch.bool)
         amax = groups.abs().amax(-1).masked_fill(broken, 0)
         scale = self.power(amax, floor).masked_fill(broken, 1)
-        codes = self.codes(self.divide(groups, scale[..., None]).reshape(len(x), -1))
+        codes = self.codes(self.divide(groups, scale[..., None]).reshape(x.shape))
         wide = broken.repeat_interleave(group, 1)
         return codes.masked_fill(wide, 0x7F), scale
 
