@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,11 +20,12 @@ from glm5_hal.spec import Pick, Sample
 ATTEMPTS = 100
 
 
-class Picks:
-    """What `glm5_hal.spec.Pick` makes of a way to choose an integer."""
+class Picks(ABC):
+    """`glm5_hal.spec.Pick`, made of a way to choose an integer."""
 
+    @abstractmethod
     def integer(self, low: int, high: int) -> int:
-        raise NotImplementedError
+        """In [low, high]."""
 
     def of(self, options: Sequence[Any]) -> Any:
         return options[self.integer(0, len(options) - 1)]
