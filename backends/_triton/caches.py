@@ -1,0 +1,1 @@
+"""The two ops that write paged caches."""

@@ -1,0 +1,1 @@
+"""The experts' results, weighted and added."""

@@ -1,0 +1,1 @@
+"""Attention over all keys of a request, in the absorbed form."""

@@ -1,0 +1,1 @@
+"""Rotary embedding, gated activation and Hadamard transform."""

@@ -1,0 +1,1 @@
+"""Scores and top-k in one, without keeping the scores."""

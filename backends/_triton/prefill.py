@@ -1,0 +1,1 @@
+"""Attention with full heads over ragged batches."""

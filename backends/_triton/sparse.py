@@ -1,0 +1,1 @@
+"""Attention over chosen keys, in the absorbed form."""

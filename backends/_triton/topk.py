@@ -1,0 +1,1 @@
+"""Exact top-k with a total order."""
