@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from glm5_hal.backend import Kernel
-from glm5_hal.conformance import oracle
+from glm5_hal.conformance import earlier, oracle
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.errors import HalError
 from glm5_hal.metadata import bind_axes
@@ -136,9 +136,9 @@ class Trial:
     def raw(self) -> tuple[dict[str, Any], Any]:
         """The run that is judged, as the kernel left it: its arguments and what it returned.
 
-        Other numbers were in the same memory a call before, so that what a kernel keeps from call to call shows.
+        Other numbers and lengths were in the same memory a call before: what a kernel keeps from call to call shows.
         """
-        placed = self.place(self.other or self.inputs.args)
+        placed = self.place(self.inputs.args if self.other is None else earlier.step(self.spec, self.other))
         if self.other is not None:
             self.call(**placed)
             for name, value in placed.items():

@@ -50,7 +50,11 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     if axes.get("cancels"):  # what is left of x and residual is small, so eps shows too
         residual = -x + draw.normal(*shape, D, dtype=dtype, scale=2.0**-8)
     spoil(axes, x, residual)
-    weight = gains.wide(draw, D, dtype) if axes.get("wide") else draw.uniform(D, dtype=dtype, low=0.25, high=1.0)
+    weight = (
+        gains.wide(draw, D, dtype, axes["wide"])
+        if axes.get("wide")
+        else draw.uniform(D, dtype=dtype, low=0.25, high=1.0)
+    )
     return Inputs({"x": x, "residual": residual, "weight": weight, "eps": axes.get("eps", 1e-5)})
 
 

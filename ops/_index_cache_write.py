@@ -56,6 +56,8 @@ def samples() -> Iterator[Sample]:
     yield Sample("many_tokens", many, dtypes=("bfloat16",))
     slots = {**base, "D": 16, "T": 40, "page": 24, "N": 200}  # more than 4096
     yield Sample("many_slots", slots, tags=edge, dtypes=("bfloat16",))
+    far = {**base, "D": 16, "T": 40, "page": 8, "N": 9000}  # slots whose number takes more than 16 bits
+    yield Sample("far_slots", far, tags=edge, dtypes=("bfloat16",))
     yield Sample("odd_width", {**base, "D": 21}, tags=edge)
     yield Sample("one_token", {**base, "T": 1}, tags=edge)
     yield Sample("one_page", {**base, "T": 5, "N": 1}, tags=edge)

@@ -80,6 +80,11 @@ def samples() -> Iterator[Sample]:
     yield Sample("many_heads", {**base, "H": 96, "lens": ((2, 33),)})
     # Scores so dense that a choice needs fp32; tokens that see fewer keys than a tile, as many, and more.
     yield Sample("many_keys", {**base, "page": 128, "lens": ((4, 2600), (3, 2049)), "K": 1200})
+    # Pages and columns whose number takes more than 16 bits; inner products that float16 does not hold.
+    yield Sample("far_pages", {**base, "page": 1, "lens": ((1, 5), (2, 9)), "spare": 70_000}, dtypes=("bfloat16",))
+    yield Sample("far_columns", {**base, "H": 1, "page": 128, "lens": ((1, 66_000),)}, dtypes=("bfloat16",))
+    large = {**base, "lens": ragged, "q_scale": 2.0**13}
+    yield Sample("large_products", large, tags=edge, dtypes=("float16",))
     yield Sample("integers", {**base, "lens": ragged}, fill="exact")
     codes = {**base, "lens": ragged, "format": "fp8_132", "codes": True}
     yield Sample("codes", codes, fill="exact", dtypes=("bfloat16",))
@@ -116,7 +121,12 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     if axes.get("broken"):  # the first code of a page's first key is NaN, of either sign
         for request, code in enumerate((0x7F, 0xFF)):
             held[0].flatten(1)[batch.block_table[request, 0], 0] = code
-    q = draw.small(batch.tokens, H, D, dtype=dtype) if exact else draw.normal(batch.tokens, H, D, dtype=dtype)
+    q_scale = axes.get("q_scale", 1.0)
+    q = (
+        draw.small(batch.tokens, H, D, dtype=dtype)
+        if exact
+        else draw.normal(batch.tokens, H, D, dtype=dtype, scale=q_scale)
+    )
     if axes.get("codes"):  # one dim of a key alone is exact in fp32
         dims = draw.integers(0, D, batch.tokens, H, 1)
         q = torch.zeros_like(q).scatter(-1, dims, draw.integers(0, 2, batch.tokens, H, 1).to(q.dtype) * 2 - 1)

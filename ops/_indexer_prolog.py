@@ -112,6 +112,8 @@ def samples() -> Iterator[Sample]:
     yield Sample("small_keys", {**base, "size": 2.0**-9}, tags=edge)  # eps counts
     odd = {"size": 2.0**-9, "eps": 3e-4, "weights_scale": 0.3}
     yield Sample("another_eps", {**base, **odd}, tags=edge, dtypes=("bfloat16",))
+    # Keys far from zero beside their spread: a variance as the difference of two mean squares has few digits left.
+    yield Sample("far_mean", {**base, "far_mean": True}, tags=edge, dtypes=("float32",))
     yield Sample("many_rows", {**base, "T": 40, "N": 8}, dtypes=("bfloat16",))
     yield Sample("all_rope", {**base, "D": 24, "R": 24}, tags=edge)
     yield Sample("all_skipped", {**base, "skip": "all"}, tags=edge)
@@ -127,11 +129,14 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     fmt, norms = FORMATS[axes["format"]], axes.get("norms", dtype)
     cos, sin = unit_tables(draw, T, R // 2)
     size = axes.get("size", 1.0) * 2.0 ** draw.integers(-1, 2, T, 1)
+    w_k = weight(draw, D, E, dtype)
+    if axes.get("far_mean"):
+        w_k += 64 * weight(draw, 1, E, dtype)
     args = {
         "x": draw.normal(T, E, dtype=dtype) * size.to(getattr(torch, dtype)),
         "q_c": draw.normal(T, Q, dtype=dtype),
         "w_q_b": weight(draw, H * D, Q, dtype),
-        "w_k": weight(draw, D, E, dtype),
+        "w_k": w_k,
         "k_norm_weight": draw.uniform(D, dtype=norms, low=0.5, high=1.5),
         "k_norm_bias": draw.uniform(D, dtype=norms, low=-0.5, high=0.5),
         "w_weights": draw.normal(H, E, dtype=axes.get("weights", dtype), scale=weight_scale(E)),

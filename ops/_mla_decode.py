@@ -98,6 +98,14 @@ def samples() -> Iterator[Sample]:
     yield Sample("odd_sizes", odd, tags=edge, dtypes=("bfloat16",))
     below = {**base, "lens": ((1, 2), (2, 19)), "below_zero": True}  # a running maximum that starts at 0 is too high
     yield Sample("below_zero", below, tags=edge, dtypes=("bfloat16",))
+    for fmt in formats("latent"):
+        broken = {**base, "lens": ((2, 9), (1, 20), (1, 12)), "format": fmt, "broken": True}
+        yield Sample(f"broken_rows-{fmt}", broken, tags=edge, dtypes=("bfloat16",))
+    # Pages whose number takes more than 16 bits; scores that float16 holds once they are scaled, but not before.
+    far = {**base, "L": 16, "R": 4, "page": 1, "lens": ((1, 5), (2, 9)), "spare": 70_000}
+    yield Sample("far_pages", far, tags=edge, dtypes=("bfloat16",))
+    large = {**base, "lens": around_pages, "q_scale": 2.0**13, "scale": 0.07 / 2**13}
+    yield Sample("large_raw_scores", large, tags=edge, dtypes=("float16",))
     yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 0), (4, 2), (1, 1), (0, 0))}, tags=edge)
     yield Sample("no_tokens", {**base, "lens": ((0, 9),)}, tags=edge)
     yield Sample("many_heads", {**base, "H": 96, "lens": ((2, 33),)})

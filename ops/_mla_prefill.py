@@ -93,6 +93,8 @@ def samples() -> Iterator[Sample]:
     below = {**TINY, "lens": ((1, 2), (2, 19)), "below_zero": True}  # a running maximum that starts at 0 is too high
     yield Sample("below_zero", below, tags=edge, dtypes=("bfloat16",))
     yield Sample("far_peak", {**TINY, "lens": ((3, 700),), "q_scale": 128.0}, tags=edge)  # exp of the gap overflows
+    large = {**TINY, "Dqk": 96, "lens": ragged, "q_scale": 2.0**13, "scale": 0.1 / 2**13}
+    yield Sample("large_raw_scores", large, tags=edge, dtypes=("float16",))  # float16 holds them only once scaled
     yield Sample("bidirectional", {**TINY, "lens": (*ragged, (2, 200)), "causal": False})
     yield Sample("chunk", {**TINY, "lens": ((7, 61), (20, 33))})
     yield Sample("empty_rows", {**TINY, "lens": ((0, 9), (4, 0), (5, 2), (0, 0), (2, 2))}, tags=edge)

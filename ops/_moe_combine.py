@@ -40,6 +40,7 @@ def samples() -> Iterator[Sample]:
     tiny = {"T": 11, "K": 4, "D": 72}
     yield Sample("tokens", tiny)
     yield Sample("with_shared", {**tiny, "shared": True})
+    yield Sample("negative_weights", {**tiny, "negative": True}, tags=edge, dtypes=("bfloat16",))
     yield Sample("elsewhere", {**tiny, "elsewhere": 5, "spare": 6})
     yield Sample("elsewhere_with_shared", {**tiny, "elsewhere": 5, "spare": 3, "shared": True})
     yield Sample("nothing_here", {**tiny, "elsewhere": 8, "T": 1, "shared": True}, tags=edge)
@@ -80,6 +81,8 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     # As many digits as bfloat16 holds: a sum that is rounded to storage after every expert shows.
     y = draw.small(M, D, dtype=dtype, bound=127) if exact else draw.normal(M, D, dtype=dtype)
     weights = exact_weights(draw, T, K) if exact else router_weights(draw, T, K)
+    if axes.get("negative"):
+        weights[:, ::2] *= -1.0
     extra = None
     if axes.get("shared"):
         extra = draw.small(T, D, dtype=dtype) if exact else draw.normal(T, D, dtype=dtype)

@@ -44,7 +44,9 @@ def samples() -> Iterator[Sample]:
     yield Sample("small_rows", {"T": 4, "D": 96, "small": True}, tags=edge)  # eps counts
     yield Sample("another_eps", {"T": 4, "D": 96, "small": True, "eps": 3e-3}, tags=edge)
     yield Sample("large_values", {"T": 3, "D": 96, "large": True}, tags=edge, dtypes=("float16",))
-    yield Sample("float32_weight", {"T": 64, "D": 24, "wide": True}, dtypes=narrow)
+    yield Sample("float32_weight", {"T": 64, "D": 24, "wide": 1.0}, dtypes=narrow)
+    tiny = {"T": 64, "D": 24, "wide": 2.0**-22}  # float16 does not hold such gains
+    yield Sample("tiny_float32_weight", tiny, tags=edge, dtypes=("bfloat16",))
     for name, tokens, dim in (("hidden", 64, 6144), ("q_lora", 64, 2048), ("kv_lora", 256, 512)):
         yield Sample(f"glm5-{name}", {"T": tokens, "D": dim}, "standard", tags=frozenset({"glm5"}))
 
@@ -55,7 +57,11 @@ def inputs(sample: Sample, dtype: str, draw: Draw) -> Inputs:
     # Rows differ in size by powers of two, so that a scale taken from the wrong row shows.
     x = draw.normal(*shape, D, dtype=dtype) * (2.0 ** draw.integers(-3, 4, *shape, 1)).to(getattr(torch, dtype))
     spoil(axes, x)
-    gain = gains.wide(draw, D, dtype) if axes.get("wide") else draw.uniform(D, dtype=dtype, low=0.25, high=1.0)
+    gain = (
+        gains.wide(draw, D, dtype, axes["wide"])
+        if axes.get("wide")
+        else draw.uniform(D, dtype=dtype, low=0.25, high=1.0)
+    )
     return Inputs({"x": x, "weight": gain, "eps": axes.get("eps", 1e-5)})
 
 

@@ -102,6 +102,14 @@ def samples() -> Iterator[Sample]:
     yield Sample("any_order_any_key", freely, tags=edge, dtypes=("bfloat16",))
     tiles = {**base, "K": 193, "lens": ((3, 21),), "far_apart": True}
     yield Sample("empty_tiles", tiles, tags=edge, dtypes=("bfloat16",))
+    for fmt in formats("latent"):
+        broken = {**base, "lens": ((2, 9), (1, 20), (1, 12)), "format": fmt, "broken": True}
+        yield Sample(f"broken_rows-{fmt}", broken, tags=edge, dtypes=("bfloat16",))
+    # Pages whose number takes more than 16 bits; scores that float16 holds once they are scaled, but not before.
+    far = {**base, "L": 16, "R": 4, "page": 1, "lens": ((1, 5), (2, 9)), "spare": 70_000}
+    yield Sample("far_pages", far, tags=edge, dtypes=("bfloat16",))
+    large = {**base, "lens": ragged, "q_scale": 2.0**13, "scale": 0.07 / 2**13}
+    yield Sample("large_raw_scores", large, tags=edge, dtypes=("float16",))
     yield Sample("empty_rows", {**base, "lens": ((0, 9), (2, 30), (3, 0), (0, 0))}, tags=edge)
     yield Sample("interleaved_invalid", {**base, "lens": ragged, "holes": True}, tags=edge)
     yield Sample("no_tokens", {**base, "lens": ((0, 9),)}, tags=edge)

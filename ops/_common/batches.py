@@ -14,6 +14,9 @@ from glm5_hal.ops._common import caches
 from glm5_hal.ops._common.paging import offsets, slots_of
 from glm5_hal.spec import Draw
 
+#: Spare pages that lie among those in use.
+NEAR = 100
+
 #: More requests than a warp has lanes, each of a few keys.
 MANY_REQUESTS = tuple((1, 4 + i % 5) for i in range(33))
 
@@ -60,7 +63,8 @@ def paged(draw: Draw, lens: Sequence[tuple[int, int]], page_size: int, spare: in
     name one of these: what is read through them is nobody's key."""
     need = [-(-s // page_size) for _, s in lens]
     total = sum(need)
-    order = draw.permutation(total + spare).int()
+    shuffled = min(spare, NEAR)  # of more spare pages, the rest lies before all that are used
+    order = draw.permutation(total + shuffled).int() + (spare - shuffled)
     table = torch.full((len(lens), max(need, default=0) + 1), int(order[total]) if spare else -1, dtype=torch.int32)
     unused = torch.ones_like(table, dtype=torch.bool)
     start = 0

@@ -27,11 +27,11 @@ def as_wide(*names: str, activations: str = "x") -> Constraint:
     )
 
 
-def wide(draw: Draw, size: int, activations: str) -> Tensor:
+def wide(draw: Draw, size: int, activations: str, scale: float = 1.0) -> Tensor:
     """float32 gains that all lose the same share, in the same direction, where they are rounded to the dtype of the
-    activations: a kernel that reads them as such is off by more than chance."""
+    activations: a kernel that reads them as such is off by more than chance. ``scale`` is a power of two."""
     share = torch.finfo(getattr(torch, activations)).eps * 7 / 16
-    return 2.0 ** draw.integers(-2, 1, size).float() * (1.0 + share)
+    return scale * 2.0 ** draw.integers(-2, 1, size).float() * (1.0 + share)
 
 
 def errors(*names: str) -> tuple[BadInput, ...]:

@@ -33,12 +33,16 @@ class Latents:
 
 
 def latents(sample: Sample, dtype: str, draw: Draw) -> Latents:
-    """From the axes ``lens``, ``page``, ``format``, ``L``, ``R``, ``scale``. Latents are `values`; those of a quantised
-    format differ in size from group to group, or are `every_code` where the sample says "pointer" or "codes". Where it
-    says "pointer", rope keys are `pointed_keys`; where it says "below_zero", their last dim is 1."""
+    """From the axes ``lens``, ``page``, ``format``, ``L``, ``R``, ``scale``; ``spare`` pages are nobody's.
+
+    Latents are `values`; those of a quantised format differ in size from group to group, or are `every_code` where the
+    sample says "pointer" or "codes". Where it says "pointer", rope keys are `pointed_keys`; where it says "below_zero",
+    their last dim is 1. Where it says "broken", the first request's first key has a NaN among its rope dims, the last
+    request's last key one in its latent.
+    """
     axes = sample.axes
     L, R, fmt = axes["L"], axes["R"], FORMATS[axes["format"]]
-    batch = batches.paged(draw, axes["lens"], axes["page"])
+    batch = batches.paged(draw, axes["lens"], axes["page"], axes.get("spare", 3))
     lengths = [s for _, s in batch.lens]
     keys = sum(lengths)
     latent = values(sample, dtype, draw, lengths, L)
@@ -52,6 +56,8 @@ def latents(sample: Sample, dtype: str, draw: Draw) -> Latents:
         rope = pointed_keys(lengths, R).to(rope.dtype)
     if axes.get("below_zero"):
         rope[:, -1] = 1.0
+    if axes.get("broken"):
+        rope[0, R // 2], latent[-1, L // 2] = torch.nan, torch.nan
     held, unread = batches.filled(fmt, batch, latent, rope)
     args = {
         "block_table": batch.block_table,

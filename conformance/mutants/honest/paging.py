@@ -22,6 +22,7 @@ class Reading:
     block_major: bool | None = None
     codes: Callable[[Tensor], Tensor] = lambda codes: codes.view(torch.float8_e4m3fn).float()
     scale: Callable[[Tensor], Tensor] = lambda scale: scale
+    rope: Callable[[Tensor], Tensor] = lambda rope: rope
 
 
 RIGHT = Reading()
@@ -50,7 +51,7 @@ def read(cache_format: str, held: list[Tensor], slots: Tensor, latent: int, how:
             start += width
     values = how.codes(part["latent"]).reshape(len(slots), groups, fmt.group)
     rows = (values * how.scale(part["scale"].view(torch.float32))[..., None]).reshape(len(slots), latent)
-    return torch.cat([rows, part["rope"].view(torch.bfloat16).float()], -1) if "rope" in part else rows
+    return torch.cat([rows, how.rope(part["rope"].view(torch.bfloat16).float())], -1) if "rope" in part else rows
 
 
 def held_of(a: Args) -> list[Tensor]:

@@ -61,6 +61,10 @@ def physical(pages: Tensor, at: Tensor, page: int) -> Tensor:
     return at
 
 
+def narrow(pages: Tensor, bits: int) -> Tensor:
+    return pages.long() & ((1 << bits) - 1)
+
+
 def of_page_zero(pages: Tensor, at: Tensor, page: int) -> Tensor:
     return (at // page) * page + at % page
 
@@ -128,6 +132,8 @@ PAGED = {
     "a stale page": replace(RIGHT, slot=stale_page),
     "pages in order": replace(RIGHT, slot=of_page_zero),
     "the next page": replace(RIGHT, slot=lambda pages, at, page: pages[(at // page + 1).clamp_max(len(pages) - 1)].long() * page + at % page),
+    "page ids of 12 bits": replace(RIGHT, slot=lambda pages, at, page: narrow(pages, 12)[at // page] * page + at % page),
+    "page ids of 16 bits": replace(RIGHT, slot=lambda pages, at, page: narrow(pages, 16)[at // page] * page + at % page),
     "offset one off": replace(RIGHT, slot=lambda pages, at, page: pages[at // page].long() * page + (at + 1) % page),
 }  # fmt: skip
 
@@ -140,6 +146,8 @@ FP8_READS = {
     "half the scale": replace(RIGHT, scale=lambda s: s / 2),
 }
 
+ROPE_READS = {"a NaN of the rope lost": replace(RIGHT, rope=lambda r: r.nan_to_num(nan=0.0))}
+
 
 def attention() -> list[Wrong]:
     found = []
@@ -148,9 +156,11 @@ def attention() -> list[Wrong]:
         for name, blank in (("lse 0", zeros_lse), ("lse +inf", plus_inf), ("NaN", nan_rows)):
             found.append(bodied(op, f"{name} for empty rows", make(blank=blank)))
         found.append(bodied(op, "wrong beyond 32 heads", make(Softmax(product=_beyond(32)))))
+        found.append(bodied(op, "raw scores within float16", make(Softmax(product=_clamped)), dtypes=("float16",)))
     for op, make in (("mla_decode", honest.decode), ("sparse_mla", honest.sparse)):
         found += [bodied(op, f"reads {name}", make(reading=how)) for name, how in PAGED.items()]
-        found += [bodied(op, f"reads fp8 rows with {name}", make(reading=how)) for name, how in FP8_READS.items()]
+        reads = FP8_READS | ROPE_READS
+        found += [bodied(op, f"reads fp8 rows with {name}", make(reading=how)) for name, how in reads.items()]
         found.append(bodied(op, "rope dims ignored", make(Softmax(product=no_rope(128)))))
     found += [bodied("sparse_mla", name, honest.sparse(chosen=chosen)) for name, chosen in SPARSE_ONLY.items()]
     found += [bodied("sparse_mla", "physical indices", honest.sparse(reading=replace(RIGHT, slot=physical)))]
@@ -179,6 +189,10 @@ def _beyond(n: int) -> honest.Product:
         return scores
 
     return product
+
+
+def _clamped(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.transpose(-1, -2)).clamp(-65504.0, 65504.0)
 
 
 def _always_causal() -> Body:

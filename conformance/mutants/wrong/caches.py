@@ -35,6 +35,7 @@ WRITES: dict[str, dict[str, Any]] = {
     "-1 written to the last slot": {"place": lambda slot: slot},
     "-1 written to slot 0": {"place": lambda slot: max(slot, 0)},
     "one slot too far": {"place": lambda slot: slot + 1 if slot >= 0 and slot % 8 < 7 else slot if slot >= 0 else None},
+    "slots of 16 bits": {"place": lambda slot: slot & 0xFFFF if slot >= 0 else None},
     "slot 0 skipped": {"place": lambda slot: slot if slot > 0 else None},
 }
 QUANTISERS = {

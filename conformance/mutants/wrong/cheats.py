@@ -128,6 +128,16 @@ def one_workspace(op: str) -> Callable[[], Fn]:
     return lambda: wrapped(op, run)
 
 
+def old_lengths(op: str, name: str) -> Callable[[], Fn]:
+    """Reads lengths once for each address: a buffer that is filled anew, step by step, keeps its first ones."""
+    first: dict[int, Tensor] = {}
+
+    def run(reference: Fn, a: dict[str, Any]) -> Any:
+        return reference(**{**a, name: first.setdefault(a[name].data_ptr(), a[name].clone())})
+
+    return lambda: wrapped(op, run)
+
+
 def watching(op: str) -> Callable[[], Fn]:
     """Right in a process that has loaded the suite, 1 % off elsewhere."""
 
@@ -168,6 +178,8 @@ def cheats() -> list[Wrong]:
             ),
             Wrong(op, "right where the suite is loaded", watching(op), needs="shadow mode"),
         ]
+    kept = {"mla_decode": "seq_lens", "indexer_logits": "seq_lens", "grouped_gemm": "expert_offsets"}
+    found += [Wrong(op, f"keeps {name} by its address", old_lengths(op, name)) for op, name in kept.items()]
     return found
 
 

@@ -57,6 +57,7 @@ def elementary() -> list[Wrong]:
     norms: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
         "no eps": lambda x, w, eps: honest.NORMS["rsqrt"](x, w, 0.0),
         "eps outside the root": lambda x, w, eps: x.float() / (x.float().square().mean(-1, keepdim=True).sqrt() + eps) * w.float(),
+        "gain in float16": lambda x, w, eps: honest.NORMS["rsqrt"](x, w.to(torch.float16), eps),
         "eps 1e-6": lambda x, w, eps: honest.NORMS["rsqrt"](x, w, 1e-6),
         "mean subtracted": mean,
         "weight plus one": lambda x, w, eps: honest.NORMS["rsqrt"](x, w.float() + 1, eps),

@@ -73,6 +73,9 @@ def the_experts() -> list[Wrong]:
         "shared part scaled": honest.combine(shared_scale=2.5),
         "shared part left out": honest.combine(shared_scale=0.0),
         "accumulated in storage": honest.combine(rounded=True),
+        "no weight below zero": lambda a: honest.combine()(
+            Args(**{**vars(a), "topk_weights": a.topk_weights.clamp_min(0.0)})
+        ),
         "-1 read as the last row": honest.combine(row=lambda m: m),
         "-1 read as row 0": honest.combine(row=lambda m: max(m, 0)),
         "weights in bfloat16": lambda a: honest.combine()(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import Args, Prolog, Quantiser
 from glm5_hal.conformance.mutants.wrong.attention import in_storage
-from glm5_hal.conformance.mutants.wrong.base import Wrong, bodied
+from glm5_hal.conformance.mutants.wrong.base import FP32, Wrong, bodied
 from glm5_hal.conformance.mutants.wrong.caches import any_scale
 from glm5_hal.conformance.mutants.wrong.elementary import TURNS
 
@@ -42,6 +43,7 @@ def the_prologs() -> list[Wrong]:
     index = {
         "rms norm for layer norm": honest.indexer_prolog(norm=lambda x, w, b, eps: rms(x, w, eps) + b.float()),
         "no norm bias": honest.indexer_prolog(norm=lambda x, w, b, eps: honest.layer_norm(x, w, torch.zeros_like(b), eps)),
+        "variance in one pass": honest.indexer_prolog(norm=_one_pass),
         "eps 1e-5": honest.indexer_prolog(norm=lambda x, w, b, eps: honest.layer_norm(x, w, b, 1e-5)),
         "rope part last": honest.indexer_prolog(rope_first=False),
         "queries not turned": honest.indexer_prolog(turned=("k",)),
@@ -56,12 +58,20 @@ def the_prologs() -> list[Wrong]:
         "hadamard unscaled": honest.indexer_prolog(hadamard_scale=lambda D: 1.0),
         "always hadamard": honest.indexer_prolog(mixed=lambda a: (a.w_k.shape[0] == 128,) * 2),
     }  # fmt: skip
-    found += [bodied("indexer_prolog", name, body) for name, body in index.items()]
+    found += [
+        bodied("indexer_prolog", name, body, dtypes=FP32 if "one pass" in name else ("bfloat16",))
+        for name, body in index.items()
+    ]
     return found
 
 
 #: Index keys have no rope part.
 RIGHT_THERE = frozenset({("indexer_prolog", "scale and rope swapped")})
+
+
+def _one_pass(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    mean, square = x.float().mean(-1, keepdim=True), x.float().square().mean(-1, keepdim=True)
+    return (x.float() - mean) * torch.rsqrt(square - mean.square() + eps) * weight.float() + bias.float()
 
 
 def _unnormed_q_c(a: Args) -> Any:
