@@ -2,6 +2,8 @@
 
     python3 ci/run.py conformance    the conformance suite on the built-in CPU backend at GLM-5's real widths
     python3 ci/run.py selftest       every mutant and every honest kernel through the suite
+    python3 ci/run.py interpret      every Triton kernel through the suite, in Triton's interpreter
+    python3 ci/run.py triton-compile every Triton kernel compiled for chips that are not here, within its budgets
     python3 ci/run.py lint           ruff and mypy
     python3 ci/run.py test           lint, docs freshness and all tests: what CI runs
 
@@ -26,6 +28,7 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = str(BIN / "python")
 
 SUITE = "conformance run --backend cpu --level standard --out conformance-out"
+INTERPRETED = "conformance run --plugin ci/triton_interpreter.py --level smoke --workers 2 --out conformance-triton"
 LINT = [
     [PYTHON, "-m", "ruff", "check", "."],
     [PYTHON, "-m", "ruff", "format", "--check", "."],
@@ -34,6 +37,8 @@ LINT = [
 JOBS = {
     "conformance": [[str(BIN / "glm5-hal"), *SUITE.split()]],
     "selftest": [[str(BIN / "glm5-hal"), "conformance", "selftest"]],
+    "interpret": [[str(BIN / "glm5-hal"), *INTERPRETED.split()]],
+    "triton-compile": [[PYTHON, "ci/triton_compile.py", "--jobs", "2"]],
     "lint": LINT,
     # pytest comes last: its closing line is the run's.
     "test": [*LINT, [PYTHON, "ci/docs.py", "--check"], [PYTHON, "ci/waivers.py"], [PYTHON, "-m", "pytest"]],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -114,7 +115,7 @@ class Kernel:
     @property
     def rank(self) -> int:
         """Automatic choice goes native, triton, torch; a reference is never chosen unless named."""
-        return {"triton": 1, "torch": 2, "composite": 3, "reference": 4}.get(self.provider, 0)
+        return {"triton": 1, "triton-invariant": 2, "torch": 3, "composite": 4, "reference": 5}.get(self.provider, 0)
 
 
 def kernel(
@@ -137,6 +138,27 @@ def kernels_of(*modules: ModuleType) -> tuple[Kernel, ...]:
     return tuple(value for module in modules for value in vars(module).values() if isinstance(value, Kernel))
 
 
+#: By op, its block sizes by name.
+Sizes = Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """Kernels whose block sizes are data: what `glm5-hal tune` needs to know of them.
+
+    Attributes:
+        file: the TOML file that has the sizes; its tables ``[arch.<arch>]`` and ``[arch.<arch>.<op>]`` are written.
+        sizes: of an architecture: those in force, by op.
+        candidates: of such sizes: the values that may take the place of each.
+        kernels: of an architecture: the kernels with these sizes of some ops, and those in force of the others.
+    """
+
+    file: Path
+    sizes: Callable[[str], Sizes]
+    candidates: Callable[[str, Mapping[str, int]], Mapping[str, Sequence[int]]]
+    kernels: Callable[[str, Sizes], Sequence[Kernel]]
+
+
 @dataclass(frozen=True)
 class Backend:
     """One accelerator's plugin object.
@@ -154,6 +176,7 @@ class Backend:
         cache_formats: preferred formats first, by kind ("latent", "index"); names of `glm5_hal.formats.FORMATS`.
         prepare: turns an op's plain weights into the backend's own form, once, at load time.
         smi: the vendor's status command, for `doctor`.
+        tuning: its kernels' block sizes, for `tune`, where those are data.
     """
 
     name: str
@@ -169,6 +192,7 @@ class Backend:
     )
     prepare: Callable[[str, Mapping[str, Any]], Any] | None = None
     smi: tuple[str, ...] = ()
+    tuning: Tunable | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):

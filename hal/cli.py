@@ -276,6 +276,29 @@ def _bench_model(model: str, as_json: bool, **settings: Any) -> None:
 
 
 @app.command()
+def tune(
+    backend: Annotated[str, typer.Option(help="A backend whose kernels' block sizes are data.")],
+    op: Annotated[
+        list[str] | None, typer.Option("--op", help="Only ops that match this glob. May be repeated.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time budget of one call with one choice of sizes.", min=0.01)] = 0.2,
+    out: Annotated[Path | None, typer.Option(help="The tuning file to write; the backend's own if not given.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure other block sizes of a backend's kernels on this device, at GLM-5's widths, and keep the faster ones.
+
+    They go into the tuning file, as [arch.ARCH.OP], with the device, the driver and the date; the rest of it stays. An
+    op takes minutes: see --op.
+    """
+    from glm5_hal.tuning import render
+    from glm5_hal.tuning import tune as search
+
+    progress = not as_json and sys.stderr.isatty()
+    found = search(backend, op or ["*"], seconds=seconds, out=out, progress=progress)
+    _print(as_json, found.as_dict(), lambda: [render(found)])
+
+
+@app.command()
 def report(
     file: Annotated[Path, typer.Argument(help="What GLM5_SHADOW wrote.")] = Path(FILE),
     as_json: Json = False,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from glm5_hal import context
 from glm5_hal.backend import Device
 from glm5_hal.catalogue import Catalogue
 from glm5_hal.errors import shown
+from glm5_hal.explanation import explain
 from glm5_hal.plugins import PluginRecord
 from glm5_hal.plugins.isolation import told
 
@@ -13,7 +16,7 @@ from glm5_hal.plugins.isolation import told
 def tiny_kernel(record: PluginRecord) -> str:
     """Run rms_norm on two numbers: the bare kernel, with this backend alone, whatever the environment's settings are.
 
-    The answer begins with "failed" where the backend is at fault.
+    The answer begins with "failed" where the backend is at fault. It names the kernels that would have come first.
     """
     import torch
 
@@ -30,6 +33,7 @@ def tiny_kernel(record: PluginRecord) -> str:
             x = torch.tensor([[3.0, 4.0]], device=device.type)
             with context.use(name), torch.inference_mode():
                 choice = ops.rms_norm.choose(x, torch.ones_like(x[0]), eps=0.0)
+                asked = explain("rms_norm", x, torch.ones_like(x[0]), eps=0.0).resolution.trace
                 y = choice.kernel.fn(x, torch.ones_like(x[0]), eps=0.0).cpu()
             answer = torch.tensor([[3.0, 4.0]]) / 12.5**0.5
             # Shapes first: values that are right would be broadcast to one another.
@@ -40,4 +44,5 @@ def tiny_kernel(record: PluginRecord) -> str:
         except BaseException as problem:  # noqa: BLE001 - whatever a vendor's kernel raises is the finding
             said, fix = told(problem, record.root)
             return f"failed: {said}" + (f"  -> {fix}" if fix else "")
-    return f"rms_norm on {choice.name}: right"
+    passed_by = takewhile(lambda step: step.candidate != choice.name, asked)
+    return "; ".join([f"rms_norm on {choice.name}: right", *map(str, passed_by)])

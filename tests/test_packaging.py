@@ -78,6 +78,7 @@ def test_the_wheel_names_its_license_commands_and_plugins(wheel: Path) -> None:
     assert "LICENSE" in info
     assert "glm5-hal = glm5_hal.cli:main" in points
     assert "cpu = glm5_hal.backends.cpu" in points
+    assert "cuda = glm5_hal.backends.cuda" in points
     assert "glm5_hal = glm5_hal.conformance.pytest_plugin" in points
     assert f"Version: {glm5_hal.__version__}\n" in metadata
     requires = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
@@ -111,7 +112,7 @@ def test_a_wheel_in_a_fresh_environment_works(venv: Path, tmp_path: Path) -> Non
     assert "new-backend" in done(hal, "--help", cwd=tmp_path)
     assert "new-backend" in done(python, "-m", "glm5_hal", "--help", cwd=tmp_path)
     listed = json.loads(done(hal, "list", "--json", cwd=tmp_path))
-    assert {b["name"]: b["status"] for b in listed["backends"]} == {"cpu": "ok", "acme": "ok"}
+    assert {b["name"]: b["status"] for b in listed["backends"]} == {"cpu": "ok", "cuda": "ok", "acme": "ok"}
     assert len(listed["ops"]) == len(list((ROOT / "ops").glob("_*.py"))) - 1  # __init__.py
     assert "glm5-hal-fresh" in done(hal, "new-backend", "fresh", cwd=tmp_path)
     assert (tmp_path / "glm5-hal-fresh/src/glm5_hal_fresh/py.typed").exists()

@@ -1,6 +1,6 @@
 """Rows of paged caches in every named format, read as numbers. No fp8 type is needed: e4m3 is decoded bit by bit.
 
-Legend: N pages, P page size, n rows of a tile, L latent (or index key) width, R rope width.
+Legend: N pages, P page size, w width of a field, n rows of a tile, L latent (or index key) width, R rope width.
 """
 
 from __future__ import annotations
@@ -15,10 +15,17 @@ from torch import Tensor
 from glm5_hal.formats import CacheFormat
 from glm5_hal.ops._common import caches as bytes_of
 
+#: Bytes that a thread loads at once, at most.
+ALIGNED = 16
+
 
 @dataclass(frozen=True)
 class Fields:
-    """What a row is made of: views ``[N, P, w]`` of the caches. ``scale`` and a quantised row's ``rope`` are bytes."""
+    """What a row is made of: views ``[N, P, w]`` of the caches.
+
+    A quantised row's ``scale`` and ``rope`` are the bits of its numbers, int32 and int16; or bytes, where they do not
+    lie aligned, which no format promises.
+    """
 
     latent: Tensor
     rope: Tensor | None
@@ -43,10 +50,17 @@ class Fields:
 def fields(fmt: CacheFormat, caches: tuple[Tensor, ...], latent: int) -> Fields:
     parts = bytes_of.fields(fmt, caches, latent)
     if fmt.group:
-        return Fields(parts["latent"], parts.get("rope"), parts["scale"], fmt.group)
+        rope = _bits(parts["rope"], torch.int16) if "rope" in parts else None
+        return Fields(parts["latent"], rope, _bits(parts["scale"], torch.int32), fmt.group)
     first, *second = parts.values()
     rope = second[0] if second else first[..., latent:] if fmt.kind == "latent" else None
     return Fields(first[..., :latent], rope, None, 0)
+
+
+def _bits(field: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes as integers of ``dtype``, where every row begins at a multiple of `ALIGNED`."""
+    places = (field.data_ptr(), field.storage_offset(), *field.stride()[:-1])
+    return field if any(place % ALIGNED for place in places) else field.view(dtype)
 
 
 @triton.jit
@@ -60,13 +74,17 @@ def latent_rows(
     at = page * latent_page + slot * latent_row
     here = some[:, None] & (col < L)[None, :]
     raw = tl.load(latent + at[:, None] + col[None, :], mask=here, other=0)
-    if GROUP == 0:
-        return raw.to(TYPE)
-    group = tl.arange(0, BLOCK_L // GROUP)
-    base = (page * scale_page + slot * scale_row)[:, None] + 4 * group[None, :]
-    scales = _number32(scale + base, some[:, None] & (group * GROUP < L)[None, :])
-    values = tl.reshape(_e4m3(raw), (page.shape[0], BLOCK_L // GROUP, GROUP)) * scales[:, :, None]
-    return tl.reshape(values, (page.shape[0], BLOCK_L)).to(TYPE)
+    if GROUP == 0:  # and else, not an early return: what follows one is compiled too
+        values = raw
+    else:
+        group = tl.arange(0, BLOCK_L // GROUP)
+        first = page * scale_page + slot * scale_row
+        if scale.dtype.element_ty == tl.int32:
+            first = tl.multiple_of(first, 4)  # see ALIGNED
+        scales = _number32(scale, first[:, None], group[None, :], some[:, None] & (group * GROUP < L)[None, :])
+        values = tl.reshape(_e4m3(raw), (page.shape[0], BLOCK_L // GROUP, GROUP)) * scales[:, :, None]
+        values = tl.reshape(values, (page.shape[0], BLOCK_L))
+    return values.to(TYPE)
 
 
 @triton.jit
@@ -78,27 +96,64 @@ def rope_rows(
     at = page * rope_page + slot * rope_row
     here = some[:, None] & (col < R)[None, :]
     if GROUP == 0:
-        return tl.load(rope + at[:, None] + col[None, :], mask=here, other=0).to(TYPE)
-    byte = rope + at[:, None] + 2 * col[None, :]
-    low = tl.load(byte, mask=here, other=0).to(tl.int32)
-    high = tl.load(byte + 1, mask=here, other=0).to(tl.int32)
-    return ((high << 24) | (low << 16)).to(tl.float32, bitcast=True).to(TYPE)
+        values = tl.load(rope + at[:, None] + col[None, :], mask=here, other=0)
+    else:
+        if rope.dtype.element_ty == tl.int16:
+            at = tl.multiple_of(at, 8)  # see ALIGNED
+        values = _number16(rope, at[:, None], col[None, :], here)
+    return values.to(TYPE)
 
 
 @triton.jit
-def _number32(byte, here):
-    """fp32 numbers of four bytes each, low byte first; nothing is aligned."""
-    bits = tl.load(byte, mask=here, other=0).to(tl.int32)
-    bits |= tl.load(byte + 1, mask=here, other=0).to(tl.int32) << 8
-    bits |= tl.load(byte + 2, mask=here, other=0).to(tl.int32) << 16
-    bits |= tl.load(byte + 3, mask=here, other=0).to(tl.int32) << 24
+def _number32(field, first, i, here):
+    """fp32 numbers ``i`` of those whose bits begin at ``first``: integers, or bytes, the low one first."""
+    if field.dtype.element_ty == tl.int32:
+        bits = tl.load(field + first + i, mask=here, other=0)
+    else:
+        byte = field + first + 4 * i
+        bits = tl.load(byte, mask=here, other=0).to(tl.int32)
+        bits |= tl.load(byte + 1, mask=here, other=0).to(tl.int32) << 8
+        bits |= tl.load(byte + 2, mask=here, other=0).to(tl.int32) << 16
+        bits |= tl.load(byte + 3, mask=here, other=0).to(tl.int32) << 24
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _number16(field, first, i, here):
+    """The same of bfloat16, as fp32."""
+    if field.dtype.element_ty == tl.int16:
+        bits = tl.load(field + first + i, mask=here, other=0).to(tl.int32) << 16
+    else:
+        byte = field + first + 2 * i
+        bits = tl.load(byte, mask=here, other=0).to(tl.int32) << 16
+        bits |= tl.load(byte + 1, mask=here, other=0).to(tl.int32) << 24
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def store32(field, first, i, bits, here):
+    """Where `_number32` reads."""
+    if field.dtype.element_ty == tl.int32:
+        tl.store(field + first + i, bits, mask=here)
+    else:
+        for byte in tl.static_range(4):
+            tl.store(field + first + 4 * i + byte, (bits >> (8 * byte)).to(tl.uint8), mask=here)
+
+
+@triton.jit
+def store16(field, first, i, bits, here):
+    """Where `_number16` reads."""
+    if field.dtype.element_ty == tl.int16:
+        tl.store(field + first + i, bits.to(tl.int16), mask=here)
+    else:
+        for byte in tl.static_range(2):
+            tl.store(field + first + 2 * i + byte, (bits >> (8 * byte)).to(tl.uint8), mask=here)
 
 
 @triton.jit
 def _e4m3(codes):
     """fp32 numbers of e4m3 codes: as float16, the bits of a code one byte higher are its value / 256."""
-    code = codes.to(tl.int32)
-    half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
-    value = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+    half = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & ~0x4000  # the sign had been extended over bit 14
+    # Only code 0x7F is all ones below its sign: one more carries into bit 14, and that bit makes it a NaN.
+    half |= ((half & 0x3F80) + 0x80) & 0x4000
+    return half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0

@@ -1,1 +1,51 @@
 """Attention over chosen keys, in the absorbed form."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from glm5_hal.backends._triton.absorbed import attend
+from glm5_hal.backends._triton.declare import triton_kernel
+from glm5_hal.backends._triton.tuning import Tuning
+
+
+@triton_kernel("sparse_mla", provides=("deterministic", "graph_safe"))
+def sparse_mla(
+    tuning: Tuning,
+    q: Tensor,
+    kv_cache: Tensor,
+    indices: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    rope_cache: Tensor | None = None,
+    *,
+    scale: float,
+    kv_lora_rank: int,
+    cache_format: str = "latent_576",
+) -> tuple[Tensor, Tensor]:
+    return attend(
+        tuning, "sparse_mla", q, kv_cache, rope_cache, indices, block_table, seq_lens, cu_seqlens_q,
+        scale, kv_lora_rank, cache_format, invariant=False,
+    )  # fmt: skip
+
+
+@triton_kernel("sparse_mla", provides=("deterministic", "batch_invariant", "graph_safe"), provider="triton-invariant")
+def sparse_mla_invariant(
+    tuning: Tuning,
+    q: Tensor,
+    kv_cache: Tensor,
+    indices: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    rope_cache: Tensor | None = None,
+    *,
+    scale: float,
+    kv_lora_rank: int,
+    cache_format: str = "latent_576",
+) -> tuple[Tensor, Tensor]:
+    return attend(
+        tuning, "sparse_mla", q, kv_cache, rope_cache, indices, block_table, seq_lens, cu_seqlens_q,
+        scale, kv_lora_rank, cache_format, invariant=True,
+    )  # fmt: skip

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping
 
-from glm5_hal.backend import HAL_API, NAME, Backend
+from glm5_hal.backend import HAL_API, NAME, Backend, Tunable
 from glm5_hal.errors import shown
 from glm5_hal.formats import FORMATS
 from glm5_hal.packages import is_range
@@ -43,6 +43,9 @@ def _check_fields(record: PluginRecord, backend: Backend, written: str) -> None:
             raise _field(record, field, f"holds {kind_of(word)}, it should hold text", written)
     if backend.prepare is not None and not callable(backend.prepare):
         raise _field(record, "prepare", f"is {kind_of(backend.prepare)}, it should be a function or None", written)
+    if backend.tuning is not None and type(backend.tuning) is not Tunable:
+        said = f"is {kind_of(backend.tuning)}, it should be Tunable or None"
+        raise _field(record, "tuning", said, written)
     _check_formats(record, backend.cache_formats, written)
 
 

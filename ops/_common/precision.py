@@ -7,7 +7,7 @@ on the very same inputs it is the truth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -16,6 +16,10 @@ from torch import Tensor
 
 #: Rows of float16 for which converting the weights takes longer than multiplying them as they are.
 FEW = 8
+
+#: Products by device type, of a backend on whose device torch's own may round a sum on the way. A backend puts its own
+#: here where its kernels are loaded.
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
 
 _exact: ContextVar[bool] = ContextVar("glm5_hal_exact", default=False)
 
@@ -65,10 +69,11 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     In float16 a CPU has a fast product only for few rows over weights that lie [out, in]: then it reads each weight
     once. All others are faster in float32, up to a hundred times, the time to convert included.
 
-    On CUDA this accumulates in fp32 and rounds once only where
-    ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`` and ``allow_fp16_reduced_precision_reduction``
-    are off; torch has them on. That is the process's choice, and a precondition here.
+    Devices for which a backend has a product of its own have that: see `PRODUCTS`.
     """
+    own = PRODUCTS.get(a.device.type)
+    if own is not None:
+        return own(a, b) if out is None else out.copy_(own(a, b))
     few = a.dim() == 2 and a.shape[0] <= FEW and b.stride(0) == 1
     if a.dtype == torch.float16 and a.device.type == "cpu" and not few:
         wide = a.float() @ b.float()

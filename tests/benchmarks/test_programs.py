@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from glm5_hal import ops
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-TESTED = ("dispatch", "memory", "ops_cpu", "transformers_attention")
+TESTED = ("dispatch", "memory", "ops_cpu", "ops_gpu", "transformers_attention")
 
 
 @pytest.fixture
@@ -97,6 +99,97 @@ def test_ops_cpu_prints_a_table(load: Any, capsys: pytest.CaptureFixture[str]) -
     program = load("ops_cpu")
     program.main(["--op", "topk_indices", "--repeat", "1"])
     assert capsys.readouterr().out.count("topk_indices") == 2
+
+
+# --- the ops on a GPU ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(load: Any, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The program at toy widths; it takes a CPU for a GPU where it is told so."""
+    program: ModuleType = load("ops_gpu")
+    widths = {"hidden": 64, "heads": 2, "head": 8, "latent": 128, "rope": 4, "index_heads": 2, "index": 128}
+    widths |= {"top_k": 16, "experts": 16, "here": 4, "per_token": 4, "inner": 8, "page": 8}
+    monkeypatch.setattr(program, "WIDTHS", program.Widths(**widths))
+    monkeypatch.setattr(program, "MATRIX", 64)
+    monkeypatch.setattr(program, "COPIED", 1 << 16)
+    loads = importlib.import_module("glm5_hal.conformance.workloads")
+    monkeypatch.setattr(program, "SERVING", (loads.Load(2, 64), loads.Load(8, 40, True)))
+    return program
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_ops_gpu_ends_with_3_and_a_fix_where_there_is_no_gpu(load: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("ops_gpu").main([]) == 3
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "UNAVAILABLE" in said.err
+    assert "fix:" in said.err
+
+
+def test_ops_gpu_measures_every_kernel_beside_its_peers(
+    gpu: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert gpu.main(["--backend", "cpu", "--json", "--seconds", "0.001", "--out", str(tmp_path / "rows")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["limits"]["copied"] > 0
+    rows = {(row["op"], row["shape"], row["cache_format"]): row for row in found["rows"]}
+    assert len(rows) == len(found["rows"]) > 20
+    for row in rows.values():
+        assert row["seconds"][row["chosen"]] > 0
+        assert row["of_limit"] > 0
+        assert row["bound"][row["chosen"]] in ("memory", "compute", "launch")
+    prefill = rows["mla_prefill", "T8 S40", ""]
+    assert set(prefill["seconds"]) == {"sdpa", "torch"}
+    assert "torch sdpa" in {**prefill["peers"], **prefill["refused"]}
+    assert {"torch sdpa"} <= rows["mla_decode", "B2 S64", "latent_576"]["peers"].keys()
+    assert {"gather + sdpa"} <= rows["sparse_mla", "B2 S64", "latent_576"]["peers"].keys()
+    assert len((tmp_path / "rows").read_text().splitlines()) == len(rows)
+
+
+def test_peers_compute_what_the_ops_compute(gpu: Any) -> None:
+    found, peers = set(), importlib.import_module("_peers").peers
+    for call in gpu.workloads(gpu.SERVING, gpu.WIDTHS):
+        args = call.make("cpu")
+        for name, peer in peers(call.op, args):
+            if isinstance(peer, str) or not name.startswith(("torch", "gather")):
+                continue
+            made, ours = peer(), getattr(ops, call.op)(**args)
+            ours = ours[0] if isinstance(ours, tuple) else ours
+            if call.op == "mla_prefill":
+                made = made[0].transpose(0, 1)
+            elif call.op == "topk_indices":
+                made = made.indices.sort(-1).values
+            apart = (made.reshape(ours.shape).float() - ours.float()).norm()
+            assert apart <= 0.01 * ours.float().norm(), (call.op, name)
+            found.add(call.op)
+    assert found >= {"mla_prefill", "mla_decode", "sparse_mla", "topk_indices", "rms_norm"}
+
+
+def test_ops_gpu_prints_a_table(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.main(["--backend", "cpu", "--op", "topk_indices", "--seconds", "0.001"])
+    out = capsys.readouterr().out
+    assert out.count("topk_indices") == 2
+    assert "measured now: copy" in out
+
+
+def test_ops_gpu_says_what_does_not_fit_and_goes_on(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def calls(loads: Any, widths: Any) -> Any:
+        def none(device: str) -> Any:
+            raise torch.OutOfMemoryError("no room")
+
+        yield gpu.Workload("rope", "T1", none)
+        yield from [w for w in known(loads, widths) if w.op == "rope"]
+
+    known = gpu.workloads
+    monkeypatch.setattr(gpu, "workloads", calls)
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
+    gpu.main(["--backend", "cpu", "--seconds", "0.001"])
+    out = capsys.readouterr().out
+    assert "does not fit" in out
+    assert out.count("rope") == 3
 
 
 # --- transformers' attention -----------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_what_is_not_a_requirement_cannot_be_required() -> None:
 
 
 def test_the_order_of_automatic_choice() -> None:
-    order = ["native", "triton", "torch", "composite", "reference"]
+    order = ["native", "triton", "triton-invariant", "torch", "composite", "reference"]
     ranks = [Kernel("rope", provider, print).rank for provider in order]
     assert ranks == sorted(set(ranks))
     assert Kernel("rope", "anything_else", print).rank == ranks[0]

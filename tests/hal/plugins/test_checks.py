@@ -59,6 +59,7 @@ BAD_FIELDS: dict[str, tuple[str, str]] = {
     ),
     "another kind's": ("cache_formats={'latent': ('bf16_128',)}", "cache_formats names 'bf16_128', the formats of"),
     "no function": ("prepare=5", "prepare is int, it should be a function or None"),
+    "no sizes": ("tuning='tuning.toml'", "tuning is str, it should be Tunable or None"),
 }
 
 

@@ -1,0 +1,45 @@
+"""NVIDIA GPUs: providers ``flash_mla`` and ``deep_gemm`` (other people's kernels, where they are installed), ``triton``
+(ours, for any chip) and ``torch``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from glm5_hal.backend import Backend, Device, Kernel, Unavailable
+from glm5_hal.backends._triton.tunable import tunable
+from glm5_hal.hookspecs import hookimpl
+
+#: Block sizes by architecture; `glm5-hal tune --backend cuda` writes it.
+TUNING = Path(__file__).with_name("tuning.toml")
+
+
+def probe() -> Device | Unavailable:
+    from glm5_hal.backends.cuda import device
+
+    return device.probe()
+
+
+def kernels() -> Sequence[Kernel]:
+    from glm5_hal.backends import _torch
+    from glm5_hal.backends.cuda import device, libraries, products
+
+    products.install()
+    return (*libraries.adapted(), *libraries.triton(device.arch(), TUNING), *_torch.kernels())
+
+
+@hookimpl
+def glm5_backend() -> Backend:
+    return Backend(
+        name="cuda",
+        device_type="cuda",
+        probe=probe,
+        kernels=kernels,
+        communicator="nccl",
+        cache_formats={
+            "latent": ("latent_576", "fp8_656", "latent_512_rope_64", "fp8_656_ascend"),
+            "index": ("bf16_128", "fp8_132"),
+        },
+        smi=("nvidia-smi",),
+        tuning=tunable(TUNING),
+    )
