@@ -4,7 +4,8 @@
     python3 ci/run.py selftest       every mutant and every honest kernel through the suite
     python3 ci/run.py interpret      every Triton kernel through the suite, in Triton's interpreter
     python3 ci/run.py triton-compile every Triton kernel compiled for chips that are not here, within its budgets
-    python3 ci/run.py lint           ruff and mypy
+    python3 ci/run.py triton-ascend  every Triton kernel lowered by Ascend's front end
+    python3 ci/run.py lint           ruff, mypy, and the lint of the Triton kernels
     python3 ci/run.py test           lint, docs freshness and all tests: what CI runs
 
 The environment is .venv in the repository. It is made on first use and brought up to date when the project's
@@ -33,12 +34,14 @@ LINT = [
     [PYTHON, "-m", "ruff", "check", "."],
     [PYTHON, "-m", "ruff", "format", "--check", "."],
     [PYTHON, "ci/typecheck.py"],
+    [PYTHON, "ci/triton_api.py"],
 ]
 JOBS = {
     "conformance": [[str(BIN / "glm5-hal"), *SUITE.split()]],
     "selftest": [[str(BIN / "glm5-hal"), "conformance", "selftest"]],
     "interpret": [[str(BIN / "glm5-hal"), *INTERPRETED.split()]],
-    "triton-compile": [[PYTHON, "ci/triton_compile.py", "--jobs", "2"]],
+    "triton-compile": [[PYTHON, "ci/triton_compile.py"]],
+    "triton-ascend": [[PYTHON, "ci/triton_ascend.py"]],
     "lint": LINT,
     # pytest comes last: its closing line is the run's.
     "test": [*LINT, [PYTHON, "ci/docs.py", "--check"], [PYTHON, "ci/waivers.py"], [PYTHON, "-m", "pytest"]],

@@ -20,13 +20,15 @@ TUNING = Path(__file__).with_name("triton_interpreter.toml")
 
 
 def probe() -> Device | Unavailable:
+    from glm5_hal.backends import _triton
+
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined; a process either interprets or compiles
     try:
         import triton
     except ImportError as problem:
         return Unavailable(f"Triton cannot be imported: {problem}", "pip install triton")
-    kernels_defined = [name for name in sys.modules if name.startswith("glm5_hal.backends._triton.")]
-    if any(name.rsplit(".", 1)[1] not in ("tuning", "declare") for name in kernels_defined):
+    if not interpreting and any(f"{_triton.__name__}.{family}" in sys.modules for family in _triton.FAMILIES):
         return Unavailable("the kernels were defined for a compiler before", "set TRITON_INTERPRET=1 from the start")
     sys.path.insert(0, str(Path(__file__).parent))
     import triton_repairs

@@ -50,7 +50,7 @@ def moe_experts(
     hidden, result = x.new_empty(M, I), x.new_empty(M, D)
     grid, meta = _tiles(tuning, "moe_experts", M, I, D, E, x)
     launch(
-        _gated, grid, x, x, w_gate_up, offsets, slots, hidden, M, I, D, E, K, 0.0 if limit is None else limit,
+        _gated, grid, x, x, w_gate_up, offsets, slots, hidden, M, I, D, E, K, 0.0 if limit is None else float(limit),
         *x.stride(), *w_gate_up.stride(), LIMITED=limit is not None, **meta,
     )  # fmt: skip
     _product(tuning, hidden, w_down, offsets, result, every_row=False)

@@ -36,7 +36,7 @@ def mla_prefill(
 ) -> tuple[Tensor, Tensor]:
     (T, H, Dqk), Dv, B = q.shape, v.shape[2], len(cu_seqlens_q) - 1
     out, lse = q.new_empty(T, H, Dv), q.new_empty(T, H, dtype=torch.float32)
-    meta = _sizes(tuning["mla_prefill"], max(Dqk, Dv), q.element_size())
+    meta = _sizes(tuning["mla_prefill"], max(Dqk, Dv) * q.element_size())
     first, second = _parts(Dqk)
     launch(
         _mla_prefill, (triton.cdiv(T, meta["BLOCK_M"]) + B if T else 0, H), q,
@@ -48,11 +48,10 @@ def mla_prefill(
     return out, lse
 
 
-def _sizes(sizes: Mapping[str, int], D: int, itemsize: int) -> dict[str, int]:
-    """For rows of D numbers: as much memory, and as many numbers to a thread, as for those that ``sizes`` are for."""
-    longer = max(1, triton.next_power_of_2(D) * itemsize // ROW_BYTES)
-    blocks = {name: max(16, sizes[name] // longer) for name in ("BLOCK_M", "BLOCK_N")}
-    return {**sizes, **blocks, "num_warps": max(1, 2 * sizes["num_warps"] // itemsize)}
+def _sizes(sizes: Mapping[str, int], bytes_of_row: int) -> dict[str, int]:
+    """Longer rows than those that ``sizes`` are for make smaller blocks."""
+    longer = max(1, triton.next_power_of_2(bytes_of_row) // ROW_BYTES)
+    return {**sizes, **{name: max(16, sizes[name] // longer) for name in ("BLOCK_M", "BLOCK_N")}}
 
 
 def _parts(D: int) -> tuple[int, int]:

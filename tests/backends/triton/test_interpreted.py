@@ -23,7 +23,19 @@ KERNELS = [*((op, "triton") for op in specs() if op not in COMPOSED), *((op, "tr
 
 
 def conformance(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "glm5_hal", "conformance", "run", "--plugin", str(PLUGIN), "--json", *args]
+    command = [
+        sys.executable,
+        "-m",
+        "glm5_hal",
+        "conformance",
+        "run",
+        "--plugin",
+        str(PLUGIN),
+        "--workers",
+        "2",
+        "--json",
+        *args,
+    ]
     return subprocess.run(command, capture_output=True, text=True)
 
 
