@@ -15,7 +15,7 @@ from torch import Tensor
 from glm5_hal.formats import CacheFormat
 from glm5_hal.ops._common import caches as bytes_of
 
-#: Bytes that a thread loads at once, at most.
+#: Bytes that a thread loads at once, at most: rope keys that begin at multiples of it are read as numbers.
 ALIGNED = 16
 
 
@@ -50,17 +50,17 @@ class Fields:
 def fields(fmt: CacheFormat, caches: tuple[Tensor, ...], latent: int) -> Fields:
     parts = bytes_of.fields(fmt, caches, latent)
     if fmt.group:
-        rope = _bits(parts["rope"], torch.int16) if "rope" in parts else None
-        return Fields(parts["latent"], rope, _bits(parts["scale"], torch.int32), fmt.group)
+        rope = _bits(parts["rope"], torch.int16, ALIGNED) if "rope" in parts else None
+        return Fields(parts["latent"], rope, _bits(parts["scale"], torch.int32, 4), fmt.group)
     first, *second = parts.values()
     rope = second[0] if second else first[..., latent:] if fmt.kind == "latent" else None
     return Fields(first[..., :latent], rope, None, 0)
 
 
-def _bits(field: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes as integers of ``dtype``, where every row begins at a multiple of `ALIGNED`."""
+def _bits(field: Tensor, dtype: torch.dtype, aligned: int) -> Tensor:
+    """The bytes as integers of ``dtype``, where every row begins at a multiple of ``aligned`` bytes."""
     places = (field.data_ptr(), field.storage_offset(), *field.stride()[:-1])
-    return field if any(place % ALIGNED for place in places) else field.view(dtype)
+    return field if any(place % aligned for place in places) else field.view(dtype)
 
 
 @triton.jit
@@ -78,10 +78,8 @@ def latent_rows(
         values = raw
     else:
         group = tl.arange(0, BLOCK_L // GROUP)
-        first = page * scale_page + slot * scale_row
-        if scale.dtype.element_ty == tl.int32:
-            first = tl.multiple_of(first, 4)  # see ALIGNED
-        scales = _number32(scale, first[:, None], group[None, :], some[:, None] & (group * GROUP < L)[None, :])
+        first = (page * scale_page + slot * scale_row)[:, None]
+        scales = _number32(scale, first, group[None, :], some[:, None] & (group * GROUP < L)[None, :])
         values = tl.reshape(_e4m3(raw), (page.shape[0], BLOCK_L // GROUP, GROUP)) * scales[:, :, None]
         values = tl.reshape(values, (page.shape[0], BLOCK_L))
     return values.to(TYPE)
@@ -99,7 +97,7 @@ def rope_rows(
         values = tl.load(rope + at[:, None] + col[None, :], mask=here, other=0)
     else:
         if rope.dtype.element_ty == tl.int16:
-            at = tl.multiple_of(at, 8)  # see ALIGNED
+            at = tl.multiple_of(at, 8)  # ALIGNED, in numbers
         values = _number16(rope, at[:, None], col[None, :], here)
     return values.to(TYPE)
 

@@ -50,10 +50,10 @@ class Splits:
         """(first token, number of tokens, room for the parts' sums [T*H, S, L], and for their peaks and totals
         [2, T*H, S]) of each launch. Nothing is kept where a token has one part."""
         T, H, L = out.shape
-        if self.grid == 1:
+        if self.grid == 1 or out.numel() == 0:
             yield 0, T, out, out
             return
-        tokens = min(max(ROOM // (4 * H * self.grid * L), 1), max(T, 1))
+        tokens = min(max(ROOM // (4 * H * self.grid * L), 1), T)
         sums = out.new_empty(tokens * H, self.grid, L, dtype=torch.float32)
         bounds = out.new_empty(2, tokens * H, self.grid, dtype=torch.float32)
         for first in range(0, T, tokens):
