@@ -29,7 +29,9 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = str(BIN / "python")
 
 SUITE = "conformance run --backend cpu --level standard --out conformance-out"
-INTERPRETED = "conformance run --plugin ci/triton_interpreter.py --level smoke --workers 2 --out conformance-triton"
+INTERPRETED = (
+    "conformance run --plugin ci/triton_interpreter.py --level smoke --workers 2 --timeout 600 --out conformance-triton"
+)
 LINT = [
     [PYTHON, "-m", "ruff", "check", "."],
     [PYTHON, "-m", "ruff", "format", "--check", "."],

@@ -23,19 +23,8 @@ KERNELS = [*((op, "triton") for op in specs() if op not in COMPOSED), *((op, "tr
 
 
 def conformance(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "glm5_hal",
-        "conformance",
-        "run",
-        "--plugin",
-        str(PLUGIN),
-        "--workers",
-        "2",
-        "--json",
-        *args,
-    ]
+    how = ("--plugin", str(PLUGIN), "--workers", "2", "--timeout", "600")  # interpreted, a long row takes minutes
+    command = [sys.executable, "-m", "glm5_hal", "conformance", "run", *how, "--json", *args]
     return subprocess.run(command, capture_output=True, text=True)
 
 
