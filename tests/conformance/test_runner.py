@@ -181,7 +181,7 @@ def test_a_composite_is_judged_on_its_parts() -> None:
     assert verdicts(passed) == {("PASS", "")}
     assert {r.kernel for r in passed} == {"standin:composite"}
     parts["indexer_logits"] = kernel("indexer_logits", honest.logits(relu=lambda s: s))
-    assert verdicts(failed(judge("lightning_indexer", None, parts=parts))) == {("FAIL", "accuracy")}
+    assert ("FAIL", "accuracy") in verdicts(failed(judge("lightning_indexer", None, parts=parts)))
 
 
 def test_a_composite_claims_what_all_of_its_parts_claim() -> None:

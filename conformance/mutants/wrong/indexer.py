@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glm5_hal.conformance.mutants import honest
 from glm5_hal.conformance.mutants.honest import RIGHT, Args, Body
-from glm5_hal.conformance.mutants.wrong.attention import FP8_READS, PAGED, _beyond, in_storage
+from glm5_hal.conformance.mutants.wrong.attention import FINITE, FP8_READS, PAGED, _beyond, in_storage
 from glm5_hal.conformance.mutants.wrong.base import CANONICAL, DETERMINISTIC, FP32, Wrong, bodied
 
 LOGITS: dict[str, dict[str, Any]] = {
@@ -34,8 +34,8 @@ LOGITS: dict[str, dict[str, Any]] = {
     "last key lost": {"limit": lambda i, new, keys: min(keys - new + i + 1, keys - 1)},
     "a stale page": {"reading": PAGED["a stale page"]},
     "pages in order": {"reading": PAGED["pages in order"]},
-    "page ids of 16 bits": {"reading": PAGED["page ids of 16 bits"]},
-    "no products beyond float16": {"relu": lambda s: s.clamp(0.0, 65504.0), "dtypes": ("float16",)},
+    "page ids of 16 bits": {"reading": PAGED["page ids of 16 bits"], "by": ("accuracy", "poison")},
+    "no products beyond float16": {"relu": lambda s: s.clamp(0.0, 65504.0), "dtypes": ("float16",), "by": FINITE},
     "columns of 16 bits": {"relu": lambda s: s.clamp_min(0)[..., torch.arange(s.shape[-1]) & 0xFFFF]},
     "fp8 scales forgotten": {"reading": FP8_READS["scales forgotten"]},
     "fp8 scale of the next key": {"reading": FP8_READS["the scale of the next key"]},
@@ -124,10 +124,11 @@ def the_indexer() -> list[Wrong]:
     found = []
     for name, how in LOGITS.items():
         dtypes = how.get("dtypes", ("bfloat16",))
-        arguments = {k: v for k, v in how.items() if k != "dtypes"}
-        found.append(bodied("indexer_logits", name, honest.logits(**arguments), dtypes=dtypes))
+        by, arguments = how.get("by", "accuracy"), {k: v for k, v in how.items() if k not in ("dtypes", "by")}
+        found.append(bodied("indexer_logits", name, honest.logits(**arguments), by, dtypes=dtypes))
         if name not in EQUIVALENT:
-            found.append(bodied("lightning_indexer", name, honest.indexer(honest.logits(**arguments)), dtypes=dtypes))
+            whole = honest.indexer(honest.logits(**arguments))
+            found.append(bodied("lightning_indexer", name, whole, by, dtypes=dtypes))
     for name, (body, by, provides) in CHOICES.items():
         found.append(bodied("topk_indices", name, body, by, provides=provides))
         found.append(bodied("lightning_indexer", name, honest.indexer(choose=body), by, provides=provides))
