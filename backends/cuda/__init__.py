@@ -22,10 +22,11 @@ def probe() -> Device | Unavailable:
 
 def kernels() -> Sequence[Kernel]:
     from glm5_hal.backends import _torch
+    from glm5_hal.backends._triton.offered import offered
     from glm5_hal.backends.cuda import device, libraries, products
 
     products.install()
-    return (*libraries.adapted(), *libraries.triton(device.arch(), TUNING), *_torch.kernels())
+    return (*libraries.adapted(), *offered(device.arch(), TUNING), *_torch.kernels())
 
 
 @hookimpl

@@ -4,14 +4,11 @@ own, and what is left must say NVIDIA."""
 from __future__ import annotations
 
 import ctypes
-import sys
 import warnings
-from importlib import metadata
-from importlib.util import find_spec
 from typing import Any
 
 from glm5_hal.backend import Device, Unavailable
-from glm5_hal.errors import HalError
+from glm5_hal.backends._probing import marked, never_raises, versions
 
 #: The first architecture with bfloat16, which GLM-5 is computed in.
 OLDEST = (8, 0)
@@ -21,17 +18,6 @@ REPORTED = ("triton", "flash_mla", "deep_gemm")
 
 DRIVER_FIX = "see whether `nvidia-smi` answers, and whether CUDA_VISIBLE_DEVICES hides the device"
 OTHERS_FIX = "name that vendor's backend (`glm5-hal list` shows which are here), or GLM5_BACKEND=cpu"
-
-
-def probe() -> Device | Unavailable:
-    """The GPU, or why there is none. Never raises."""
-    try:
-        return _probe()
-    except HalError as problem:
-        return Unavailable(problem.what, problem.fix, fault=True)
-    except Exception as problem:  # noqa: BLE001 - a broken driver raises what it likes
-        what = f"torch cannot use its CUDA device: {type(problem).__name__}: {problem}"
-        return Unavailable(what, DRIVER_FIX, fault=True)
 
 
 def arch() -> str:
@@ -44,14 +30,11 @@ def arch() -> str:
     return f"sm_{major}{minor}"
 
 
-def _probe() -> Device | Unavailable:
-    from glm5_hal.autoload import import_torch
-
-    import_torch()
-    import torch
-
-    if vendor := _other_vendor(torch):
-        return Unavailable(f"torch {torch.__version__} calls a device of {vendor} cuda", OTHERS_FIX)
+@never_raises("CUDA", lambda: DRIVER_FIX)
+def probe(torch: Any) -> Device | Unavailable:
+    """The GPU, or why there is none."""
+    if others := marked(torch):
+        return Unavailable(f"torch {torch.__version__} calls a device of {' and '.join(others)} cuda", OTHERS_FIX)
     if torch.version.cuda is None:
         fix = "install torch for CUDA: https://pytorch.org/get-started/locally"
         return Unavailable(f"torch {torch.__version__} is built without CUDA", fix)
@@ -67,30 +50,13 @@ def _probe() -> Device | Unavailable:
     if torch.cuda.get_device_capability(0) < OLDEST:
         what = f"{name} is {arch()}, and bfloat16 begins with sm_{OLDEST[0]}{OLDEST[1]}"
         return Unavailable(what, "use a GPU from Ampere on, or GLM5_BACKEND=cpu")
-    versions = {"driver": _driver(), "cuda": torch.version.cuda, "torch": torch.__version__, **_packages()}
     return Device(
         type="cuda",
         name=name,
         arch=arch(),
         count=torch.cuda.device_count(),
-        versions={what: version for what, version in versions.items() if version},
+        versions=versions(*REPORTED, driver=_driver(), cuda=torch.version.cuda, torch=torch.__version__),
     )
-
-
-def _other_vendor(torch: Any) -> str:
-    """Whose torch this is, where it is another vendor's; some set torch.version.cuda as well."""
-    version = torch.__version__.lower()
-    if getattr(torch.version, "hip", None):
-        return "Hygon" if "das" in version or "dtk" in version else "AMD"
-    if "metax" in version:
-        return "MetaX"
-    if "corex" in version:
-        return "Iluvatar"
-    if getattr(torch.version, "musa", None) or "torchada" in sys.modules:
-        return "Moore Threads"
-    if "torch_xmlir" in sys.modules or find_spec("torch_xmlir") is not None:
-        return "Kunlunxin"
-    return ""
 
 
 def _driver() -> str:
@@ -104,13 +70,3 @@ def _driver() -> str:
     except (OSError, AttributeError):  # not Linux, or not there
         return ""
     return "" if failed else text.value.decode(errors="replace")
-
-
-def _packages() -> dict[str, str]:
-    found = {}
-    for name in REPORTED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -1,4 +1,4 @@
-"""Software that may be there or not is offered where it works, and says why where it does not."""
+"""Other people's kernels are offered where they work, and say why where they do not."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from toys import checked_here, installed
+from toys import installed
 
 from glm5_hal import explain, ops
 from glm5_hal.backend import Kernel
 from glm5_hal.backends import _torch
-from glm5_hal.backends.cuda import TUNING, libraries
-from glm5_hal.doctor import examine
-from glm5_hal.errors import HalError
+from glm5_hal.backends.cuda import libraries
 from glm5_hal.ops import specs
-from glm5_hal.plugins import child
 
 from . import standins
-from .standins import emulated, put
+from .standins import emulated
 
 #: A call that FlashMLA takes.
 WIDTHS = {"dtype": "bfloat16", "H": 64, "W": 576, "X": 576, "kv_lora_rank": 512}
@@ -79,78 +76,6 @@ def test_every_adapter_claims_what_its_op_knows_and_has_its_ops_signature(monkey
     with installed(emulated()) as catalogue:
         for kernel in catalogue.all_kernels("emulated"):
             assert kernel.provides <= set(specs()[kernel.op].attributes)
-
-
-# --- Triton ----------------------------------------------------------------------------------------------------------
-
-
-def test_triton_is_offered_where_it_is_installed() -> None:
-    pytest.importorskip("triton")
-    kernels = libraries.triton("sm_90", TUNING)
-    assert "triton" in providers(kernels)
-    assert not any("Triton" in r.describe() for kernel in kernels for r in kernel.requires)
-
-
-@pytest.fixture
-def without_triton(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    missing = "triton>=3.2 is needed and triton is not installed"
-    monkeypatch.setattr(libraries, "package_problem", lambda *args: missing)
-    monkeypatch.setattr("glm5_hal.capability.package_problem", lambda *args: missing)
-    return monkeypatch
-
-
-def test_without_triton_explain_says_so_and_the_rest_goes_on(without_triton: pytest.MonkeyPatch) -> None:
-    with installed(emulated(lambda: [*libraries.triton("sm_90", TUNING), *_torch.kernels()])):
-        found = explain("mla_decode")
-    first, second = found.resolution.trace[:2]
-    assert first.as_dict() == {
-        "candidate": "emulated:triton",
-        "accepted": False,
-        "code": "PACKAGE",
-        "detail": "triton>=3.2 is needed and triton is not installed",
-        "fix": "pip install 'triton>=3.2'",
-    }
-    assert (second.candidate, second.as_dict()["accepted"]) == ("emulated:torch", True)
-
-
-def test_without_triton_the_doctor_says_so(without_triton: pytest.MonkeyPatch) -> None:
-    without_triton.setattr(child, "check_up", checked_here)
-    with installed(emulated(lambda: [*libraries.triton("sm_90", TUNING), *_torch.kernels()])):
-        (found,) = examine().backends
-    assert found.state == "ok"
-    assert found.kernel.startswith("rms_norm on emulated:torch: right; emulated:triton")
-    assert "pip install 'triton>=3.2'" in found.kernel
-
-
-@pytest.mark.parametrize("version", ["3.1.0", "2.3.1"])
-def test_an_old_triton_is_not_used(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    put(monkeypatch, "triton", __version__=version)
-    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-    (kernel, *_) = libraries.triton("sm_90", TUNING)
-    assert kernel.requires[0].describe() == "triton>=3.2"
-    with installed(emulated(lambda: libraries.triton("sm_90", TUNING))):
-        (step,) = explain("rms_norm").resolution.trace
-    assert f"{version} is installed" in str(step)
-
-
-def test_a_triton_that_cannot_be_imported_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    put(monkeypatch, "triton", __version__="3.5.0")
-    monkeypatch.setattr(libraries, "package_problem", lambda *args: None)
-
-    def fail(tuning: Any) -> Any:
-        raise ImportError("libtriton.so: no such file")
-
-    monkeypatch.setattr("glm5_hal.backends._triton.kernels", fail)
-    (kernel, *_) = libraries.triton("sm_90", TUNING)
-    assert kernel.requires[0].describe() == "Triton's kernels cannot be imported: libtriton.so: no such file"
-
-
-def test_nobody_calls_what_is_not_there(without_triton: pytest.MonkeyPatch) -> None:
-    for kernel in libraries.triton("sm_90", TUNING):
-        with pytest.raises(HalError) as problem:
-            kernel.fn()
-        assert problem.value.code == "UNAVAILABLE"
 
 
 # --- without any of it -----------------------------------------------------------------------------------------------

@@ -81,23 +81,35 @@ def test_another_vendors_device_is_that_vendors(pretend: Any, vendor: str) -> No
     assert not found.fault
 
 
-@pytest.mark.parametrize(("module", "vendor"), [("torch_xmlir", "Kunlunxin"), ("torchada", "Moore Threads")])
-def test_so_is_one_that_hides_behind_a_plain_build(
-    pretend: Any, monkeypatch: pytest.MonkeyPatch, module: str, vendor: str
-) -> None:
+def test_so_is_one_that_takes_a_plain_build_over(pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(version="2.5.1+cu118", cuda="11.8", name="NVIDIA A100", capability=(8, 0))
-    monkeypatch.setitem(sys.modules, module, ModuleType(module))
-    found = cuda.probe()
-    assert isinstance(found, Unavailable)
-    assert vendor in found.reason
-
-
-def test_so_is_one_that_is_installed_and_not_imported_yet(pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend()
-    monkeypatch.setattr(device, "find_spec", lambda name: object() if name == "torch_xmlir" else None)
+    monkeypatch.setitem(sys.modules, "torch_xmlir", ModuleType("torch_xmlir"))
     found = cuda.probe()
     assert isinstance(found, Unavailable)
     assert "Kunlunxin" in found.reason
+
+
+@pytest.mark.parametrize("module", ["torch_xmlir", "torch_musa", "torch_mlu", "torch_gcu", "torchada"])
+def test_other_vendors_software_that_is_merely_there_changes_nothing(
+    pretend: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, module: str
+) -> None:
+    (tmp_path / f"{module}.py").write_text("raise AssertionError('a probe looks, and imports nothing')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pretend()
+    assert isinstance(cuda.probe(), Device)
+
+
+def test_beside_an_extension_of_torch_the_cuda_device_is_still_nvidias(pretend: Any) -> None:
+    """torch_musa has set its version; torch.cuda is that of the build."""
+    pretend(musa="4.0.0")
+    assert isinstance(cuda.probe(), Device)
+
+
+def test_where_the_extension_stands_in_for_torch_cuda_the_name_tells(pretend: Any) -> None:
+    pretend(musa="4.0.0", name="MTT S5000")
+    found = cuda.probe()
+    assert isinstance(found, Unavailable)
+    assert "calls itself 'MTT S5000'" in found.reason
 
 
 def test_a_device_that_nobody_knows_is_not_taken(pretend: Any) -> None:
