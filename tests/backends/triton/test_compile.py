@@ -64,6 +64,18 @@ def test_a_kernel_that_does_not_fit_breaks_a_gate(job: Job, tmp_path: Path) -> N
     assert all("bytes of shared memory, there are 4" in problem for problem in problems)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["triton_compile.py", "triton_ascend.py"])
+def test_every_kernel_holds_its_budgets(job: str) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "ci" / job), "--json"], capture_output=True, text=True)
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    report = json.loads(done.stdout)
+    assert report["problems"] == []
+    assert {kernel["op"] for kernel in report["kernels"]} > {"mla_decode", "sparse_mla", "moe_experts"}
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize("args", [("--op", "no_such_op"), ("--target", "gfx1"), ("--budgets", "no/such.toml")])
 def test_what_is_not_there_is_a_usage_error(args: tuple[str, str]) -> None:
     command = [sys.executable, str(ROOT / "ci/triton_compile.py"), *args]
