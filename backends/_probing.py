@@ -84,8 +84,8 @@ def as_cuda(vendor: Vendor, torch: Any, suspected: bool = False) -> Unavailable 
     if not owners and suspected and torch.cuda.is_available() and vendor.name in torch.cuda.get_device_name(0):
         return None
     if vendor.name not in owners:
-        others = f"a device of {' and '.join(owners)} cuda" if owners else "no device of it cuda"
-        return Unavailable(f"torch {torch.__version__} is not {vendor.name}'s: it calls {others}", vendor.torch)
+        others = f": it calls a device of {' and '.join(owners)} cuda" if owners else ""
+        return Unavailable(f"torch {torch.__version__} is no build of {vendor.name}{others}", vendor.torch)
     if len(owners) > 1:
         what = f"torch {torch.__version__} has the marks of {' and '.join(owners)}: whose its device is, is not known"
         return Unavailable(what, "install the software of one vendor only", fault=True)

@@ -76,7 +76,7 @@ def test_its_own_device_is_the_vendors() -> None:
 def test_another_vendors_is_not(vendor: str) -> None:
     found = as_cuda(METAX, BUILDS[vendor])
     assert found is not None
-    assert f"not MetaX's: it calls a device of {vendor} cuda" in found.reason
+    assert f"is no build of MetaX: it calls a device of {vendor} cuda" in found.reason
     assert (found.fix, found.fault) == ("install torch of MetaX", False)
 
 

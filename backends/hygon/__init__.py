@@ -1,0 +1,44 @@
+"""Hygon DCUs, whose torch calls them cuda: providers ``triton`` (ours) and ``torch``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from glm5_hal.backend import Backend, Device, Kernel, Unavailable
+from glm5_hal.backends._triton.tunable import tunable
+from glm5_hal.hookspecs import hookimpl
+
+#: What its Triton compiler lacks, and block sizes by architecture; `glm5-hal tune --backend hygon` writes those.
+TUNING = Path(__file__).with_name("tuning.toml")
+
+
+def probe() -> Device | Unavailable:
+    from glm5_hal.backends.hygon import device
+
+    return device.probe()
+
+
+def kernels() -> Sequence[Kernel]:
+    from glm5_hal.backends import _torch
+    from glm5_hal.backends._triton.offered import offered
+    from glm5_hal.backends.hygon import device
+
+    return (*offered(device.arch(), TUNING, device.TRITON), *_torch.kernels())
+
+
+@hookimpl
+def glm5_backend() -> Backend:
+    return Backend(
+        name="hygon",
+        device_type="cuda",
+        probe=probe,
+        kernels=kernels,
+        communicator="nccl",
+        cache_formats={
+            "latent": ("latent_576", "latent_512_rope_64", "fp8_656", "fp8_656_ascend"),
+            "index": ("bf16_128", "fp8_132"),
+        },
+        smi=("hy-smi",),
+        tuning=tunable(TUNING),
+    )
