@@ -16,7 +16,8 @@ from glm5_hal.backend import Kernel
 from glm5_hal.backends._triton.tuning import Tuning
 from glm5_hal.capability import dtype, when
 from glm5_hal.decision import Requirement
-from glm5_hal.signature import Signature
+from glm5_hal.metadata import out_shapes
+from glm5_hal.signature import Signature, TensorMeta
 from glm5_hal.spec import FLOATS, declared
 
 
@@ -29,19 +30,26 @@ class Declared:
     requires: tuple[Requirement, ...]
     provides: frozenset[str]
     provider: str
+    scratch: Callable[[Signature], int]
 
     def bound(self, tuning: Tuning) -> Kernel:
-        requires = (*_floats(self.op, tuning), *_small(self.op, tuning), *self.requires)
+        requires = (*_floats(self.op, tuning), *_small(self.op, self.scratch, tuning), *self.requires)
         return Kernel(self.op, self.provider, partial(self.fn, tuning), requires, self.provides)
 
 
 def triton_kernel(
-    op: str, *, requires: Sequence[Requirement] = (), provides: Sequence[str] = (), provider: str = "triton"
+    op: str,
+    *,
+    requires: Sequence[Requirement] = (),
+    provides: Sequence[str] = (),
+    provider: str = "triton",
+    scratch: Callable[[Signature], int] = lambda call: 0,
 ) -> Callable[[Callable[..., Any]], Declared]:
-    """Declare a function as the kernel of ``op``. Which floats it takes follows from the op and the tuning."""
+    """Declare a function as the kernel of ``op``. Which floats it takes follows from the op and the tuning.
+    ``scratch``: elements of the largest tensor that it makes for itself, where a call's shapes decide that."""
 
     def declare(fn: Callable[..., Any]) -> Declared:
-        return Declared(op, fn, tuple(requires), frozenset(provides), provider)
+        return Declared(op, fn, tuple(requires), frozenset(provides), provider, scratch)
 
     return declare
 
@@ -56,17 +64,29 @@ def _floats(op: str, tuning: Tuning) -> tuple[Requirement, ...]:
     return tuple(found)
 
 
-def _small(op: str, tuning: Tuning) -> tuple[Requirement, ...]:
+def _small(op: str, scratch: Callable[[Signature], int], tuning: Tuning) -> tuple[Requirement, ...]:
     """Where addresses are 32-bit numbers, no tensor may be larger than they reach."""
     if tuning.int64:
         return ()
-    names = [arg.name for arg in declared(op).args]
+    spec = declared(op)
+    names = list(spec.tensors)
 
     def fits(call: Signature) -> bool:
-        return all(prod(meta.shape) < 2**31 for name in names if (meta := call.tensors.get(name)) is not None)
+        given = max(_reach(meta) for name in names if (meta := call.tensors.get(name)) is not None)
+        made = max((prod(shape) for shape, _ in out_shapes(spec, call.axes, {})), default=0)
+        return max(given, made, scratch(call)) <= 2**31
 
-    reads = tuple((name, "shape") for name in names)
-    return (when(fits, "no tensor has 2^31 elements or more, on a chip without int64", "split the batch", reads=reads),)
+    reads = [(name, what) for name in names for what in ("shape", "strides")]
+    reads += [(name, "value") for name in spec.options if name in {dim for out in spec.outs for dim in out.dims.split()}]
+    reason = "no tensor reaches over more than 2^31 elements, on a chip without int64"
+    return (when(fits, reason, "split the batch", reads=tuple(reads)),)
+
+
+def _reach(meta: TensorMeta) -> int:
+    """From a tensor's first element to its last."""
+    if meta.strides is None or 0 in meta.shape:
+        return prod(meta.shape)
+    return 1 + sum((size - 1) * abs(stride) for size, stride in zip(meta.shape, meta.strides, strict=True))
 
 
 def addresses(tuning: Tuning) -> Any:

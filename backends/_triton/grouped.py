@@ -17,6 +17,7 @@ from glm5_hal.backends._triton.declare import addresses, launch, triton_kernel
 from glm5_hal.backends._triton.permuting import sorted_slots
 from glm5_hal.backends._triton.ragged import block_of
 from glm5_hal.backends._triton.tuning import Tuning
+from glm5_hal.signature import Signature
 
 #: Tiles are the same for every batch: so are the order of each sum, and its bits.
 CLAIMS = ("deterministic", "batch_invariant", "graph_safe")
@@ -31,7 +32,13 @@ def grouped_gemm(
     return y
 
 
-@triton_kernel("moe_experts", provides=CLAIMS)
+def _expanded(call: Signature) -> int:
+    """Elements of all chosen experts' rows."""
+    T, K, D, I = (call.axes[name] for name in "TKDI")  # noqa: E741 - the letters of the legend
+    return T * K * max(D, I)
+
+
+@triton_kernel("moe_experts", provides=CLAIMS, scratch=_expanded)
 def moe_experts(
     tuning: Tuning,
     x: Tensor,

@@ -55,7 +55,7 @@ def _longest(seq_lens: Tensor, room: int) -> int:
     """As many keys as a request may have: the step's plan knows better than the block table. A graph that is captured
     serves other steps too."""
     step = plan.current_plan()
-    lengths = None if step is None or capturing() else step._host_of(seq_lens)
+    lengths = None if step is None or capturing() else step.host_of(seq_lens)
     return room if lengths is None else min(room, max(lengths, default=0))
 
 
