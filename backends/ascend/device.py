@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from glm5_hal.autoload import SWITCH
 from glm5_hal.backend import Device, Unavailable
 from glm5_hal.backends._probing import installed, never_raises, privateuse1, version_of, versions
 from glm5_hal.backends.ascend.needs import A2, A3, A5, available
@@ -20,6 +21,9 @@ INFERENCE = range(200, 206)
 
 #: Where the driver's package says its version.
 DRIVER = Path("/usr/local/Ascend/driver/version.info")
+
+#: What the linker names that does not find CANN.
+LIBRARY = re.compile(r"lib\w+\.so")
 
 CANN_FIX = "install CANN, then `source /usr/local/Ascend/ascend-toolkit/set_env.sh` in the shell that starts Python"
 DEVICE_FIX = (
@@ -34,9 +38,17 @@ def arch() -> str:
     return _generation() if npu is not None and npu.is_available() else ""
 
 
+def probe() -> Device | Unavailable:
+    """The NPU, or why there is none. Where torch itself fails, since it loads torch_npu, that is told as what it is."""
+    found = _probe()
+    if isinstance(found, Unavailable) and SWITCH in found.fix and (library := LIBRARY.search(found.reason)):
+        what = f"torch loads torch_npu when it is imported, and CANN is not there: {library[0]} is missing"
+        return Unavailable(what, f"{CANN_FIX}; or set {SWITCH}=0, to use torch without the NPU")
+    return found
+
+
 @never_raises("Ascend", lambda: DEVICE_FIX)
-def probe(torch: Any) -> Device | Unavailable:
-    """The NPU, or why there is none."""
+def _probe(torch: Any) -> Device | Unavailable:
     if not installed("torch_npu"):
         return Unavailable("torch_npu is not installed", f"pip install 'torch_npu=={_release(torch.__version__)}.*'")
     if (held := privateuse1(torch)) not in ("privateuseone", "npu"):
@@ -60,8 +72,7 @@ def probe(torch: Any) -> Device | Unavailable:
 
 def _unloadable(problem: Exception) -> Unavailable:
     said = f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
-    library = re.search(r"lib\w+\.so", str(problem))
-    if library is not None and isinstance(problem, ImportError | OSError):
+    if (library := LIBRARY.search(str(problem))) and isinstance(problem, ImportError | OSError):
         return Unavailable(f"torch_npu is installed, CANN is not: {library[0]} is missing", CANN_FIX)
     return Unavailable(f"torch_npu cannot be imported: {said}", CANN_FIX, fault=True)
 

@@ -6,8 +6,6 @@ not state is not one here either.
 
 from __future__ import annotations
 
-import torch
-
 from glm5_hal.capability import arch, dtype, feature, one_of, when
 from glm5_hal.decision import Requirement
 
@@ -50,6 +48,8 @@ HEADS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 def available() -> frozenset[str]:
     """Which of OPS this process has."""
+    import torch
+
     return frozenset(name for name in OPS if hasattr(torch.ops.npu, name))
 
 
