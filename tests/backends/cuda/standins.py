@@ -6,39 +6,21 @@ Written from the interfaces, the tests' references and the checks of their host 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+import adapters
 import pytest
 import torch
+from adapters import put
 from torch import Tensor
-from toys import installed, stand_in
 
-from glm5_hal.backend import Device
 from glm5_hal.backends.cuda import libraries
 from glm5_hal.catalogue import Catalogue
-from glm5_hal.conformance import runner
-from glm5_hal.conformance.cases import Case
-from glm5_hal.conformance.checks import CHECKS
 from glm5_hal.conformance.results import Result
-from glm5_hal.conformance.subject import prepared
-from glm5_hal.conformance.target import targets
 from glm5_hal.plugins import PluginRecord
-from glm5_hal.spec import Sample
-
-
-def put(patch: pytest.MonkeyPatch, name: str, **contents: Any) -> ModuleType:
-    """A module that can be found and imported."""
-    module = ModuleType(name)
-    module.__spec__ = ModuleSpec(name, None)
-    for what, value in contents.items():
-        setattr(module, what, value)
-    patch.setitem(__import__("sys").modules, name, module)
-    return module
 
 
 def _bulk(*tensors: Tensor) -> None:
@@ -233,21 +215,13 @@ def deep_gemm(patch: pytest.MonkeyPatch, block: int = 128) -> ModuleType:
 
 def emulated(kernels: Any = libraries.adapted, arch: str = "sm_90") -> PluginRecord:
     """A backend of the adapters on CPU tensors."""
-    return stand_in(
-        "emulated", kernels, probe=lambda: Device("cpu", "a stand-in", arch, evidence="emulated"), builtin=True
-    )
+    return adapters.emulated(kernels, arch)
 
 
-@contextmanager
-def alone(arch: str = "sm_90") -> Iterator[Catalogue]:
-    with installed(emulated(arch=arch)) as catalogue:
-        yield catalogue
+def alone(arch: str = "sm_90") -> AbstractContextManager[Catalogue]:
+    return adapters.alone(libraries.adapted, arch)
 
 
-def judged(op: str, axes: dict[str, Any], arch: str = "sm_90", *, checks: Sequence[str] = (), **sample: Any) -> Result:
+def judged(op: str, axes: dict[str, Any], arch: str = "sm_90", **more: Any) -> Result:
     """What the suite says of an adapter at one point: by all of its checks, or by these."""
-    case = Case(op, "bfloat16", Sample("adapted", axes, dtypes=("bfloat16",), **sample))
-    asked = {name: CHECKS[name] for name in checks or CHECKS}
-    with alone(arch):
-        (target,) = targets("emulated")
-        return runner.run_case(prepared(case, 0), case, target, 0, checks=asked)
+    return adapters.judged(libraries.adapted, arch, op, axes, **more)

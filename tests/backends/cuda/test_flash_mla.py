@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import call
 
 from glm5_hal import StepPlan, explain, ops
 from glm5_hal.backends.cuda import flash_mla
-from glm5_hal.conformance.inputs import Draw
-from glm5_hal.ops import specs
-from glm5_hal.spec import Sample
 
 from . import standins
 from .standins import alone, judged
@@ -83,10 +81,6 @@ def test_dense_attention_at_the_edges(library: ModuleType, axes: dict[str, Any])
     assert (result.verdict, result.detail) == ("PASS", "")
 
 
-def call(op: str, axes: dict[str, Any]) -> dict[str, Any]:
-    return dict(specs()[op].inputs(Sample("a call", axes), "bfloat16", Draw(0, op)).args)
-
-
 def test_a_row_without_a_key_has_the_lse_of_nothing_and_not_the_librarys(library: ModuleType) -> None:
     args = call("mla_decode", {**DENSE, "lens": ((2, 0), (1, 5))})
     out, lse = flash_mla.mla_decode.fn(**args)
@@ -146,7 +140,7 @@ def test_layers_of_a_step_share_one_schedule(library: ModuleType, op: str, axes:
 
 def test_a_schedule_in_a_graph_is_the_graphs_own(library: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     args = call("mla_decode", {**DENSE, "lens": ((1, 61), (2, 30))})
-    monkeypatch.setattr("glm5_hal.backends.cuda.physical.capturing", lambda: True)
+    monkeypatch.setattr("glm5_hal.backends._libraries.physical.capturing", lambda: True)
     with StepPlan.build(args["seq_lens"], args["cu_seqlens_q"]).active():
         flash_mla.mla_decode.fn(**args), flash_mla.mla_decode.fn(**args)
     first, second = (meta for _, meta in library.calls)

@@ -68,6 +68,15 @@ def slots(indices: Tensor, block_table: Tensor, request: Tensor, page: int, apar
     return found
 
 
+def compacted(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Places [T, K] without the -1 among them, 0 at the tail, and how many each token has, [T] int32."""
+    T, K = chosen.shape
+    valid = chosen >= 0
+    place = torch.where(valid, valid.cumsum(1) - 1, K)  # the last column is for those that are left out
+    table = chosen.new_zeros(T, K + 1).scatter_(1, place, chosen.clamp_min(0))
+    return table[:, :K], valid.sum(1, dtype=torch.int32)
+
+
 def aligned(tensor: Tensor) -> Tensor:
     """Contiguous, and at an address that bulk copies take: itself, or a copy."""
     if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0:

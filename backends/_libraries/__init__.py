@@ -1,0 +1,1 @@
+"""What backends share that adapt other people's kernels. A library, not a backend; nothing here knows a vendor."""
