@@ -4,7 +4,7 @@ It stands in for torch_npu's kernels in tests, so that code written against `tor
 it knows comes from the vendor's op-plugin documents and golden code alone; each module says what it assumes where they
 are silent. It is as slow as a CPU, and what it answers is evidence "emulated", never "hardware".
 
-    from ascend import emulator     # with the folder ci/ on the path
+    from ci.ascend import emulator     # with the repository on the path
 
     emulator.install(soc="A2")
     y, rstd = torch.ops.npu.npu_rms_norm(x, gamma, 1e-5)

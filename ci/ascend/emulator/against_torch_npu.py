@@ -1,6 +1,6 @@
 """Holds the emulator against a real torch_npu, which needs no device for it: schemas, and outputs' shapes and dtypes.
 
-    PYTHONPATH=ci python -m ascend.emulator.against_torch_npu
+    python -m ci.ascend.emulator.against_torch_npu
 
 torch_npu's Meta kernels say what shapes and dtypes its ops return. The exit code is 1 where anything differs.
 """
