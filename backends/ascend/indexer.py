@@ -1,8 +1,14 @@
 """lightning_indexer by npu_lightning_indexer, which keeps no scores.
 
-Its conventions fit ours: positions within the request, -1 where there are fewer, the causal mask first, no scale of its
-own. Lengths of queries are where each request ends, without a leading 0. Head weights stay in float32, so they are not
-rounded; Ascend950 has no such weights here and is left to other kernels.
+Its conventions, and what is done about them:
+
+- positions within the request, the causal mask first, no scale of its own: as ours.
+- what stands where a token sees fewer keys than are asked for is not said, and the vendor's own test has the positions
+  that the mask hides there: these become -1, and -1 comes last.
+- lengths of queries are where each request ends, without a leading 0.
+- head weights stay in float32, so they are not rounded. Ascend950 takes none: it is left to others.
+- what becomes of a key with a NaN is not said. The vendor's test sorts it first, against our rule that it is never
+  chosen; nothing short of reading every key could tell.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from torch import Tensor
 
 from glm5_hal.backend import kernel
 from glm5_hal.backends.ascend.needs import A2_A3, HALVES, floats, has, pages
+from glm5_hal.backends.ascend.requests import requests_of, valid_first, visible
 from glm5_hal.capability import contiguous, dtype, limit, one_of, when
 from glm5_hal.signature import Signature
 
@@ -70,4 +77,5 @@ def lightning_indexer(
         sparse_count=top_k,
         sparse_mode=3,  # causal, bottom-right aligned
     )
-    return indices[:, 0]  # type: ignore[no-any-return]
+    seen = visible(cu_seqlens_q[1:], seq_lens, requests_of(cu_seqlens_q, len(q)))
+    return valid_first(indices[:, 0].masked_fill(indices[:, 0] >= seen[:, None], -1))

@@ -206,8 +206,7 @@ def _combined(rows: Tensor, weights: Tensor, inverse: Tensor, shared: Tensor | N
     "aclnn",
     requires=(
         A2_A3,
-        *has("npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_swiglu", "npu_clipped_swiglu"),
-        *has("npu_moe_finalize_routing"),
+        *has("npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_swiglu", "npu_moe_finalize_routing"),
         *floats("x", allowed=FLOATS),
         dtype("topk_weights", "float32"),
         at_most("E", GROUPS),

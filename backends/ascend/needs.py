@@ -22,7 +22,6 @@ FLOATS = (*HALVES, "float32")
 #: The vendor's ops that kernels call; the probe reports those that the installed torch_npu has.
 OPS = (
     "npu_add_rms_norm",
-    "npu_clipped_swiglu",
     "npu_format_cast",
     "npu_fused_infer_attention_score_v2",
     "npu_grouped_matmul",
