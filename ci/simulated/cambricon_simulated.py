@@ -1,0 +1,10 @@
+"""Cambricon's backend on a stand-in device; see plugin.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from simulated.plugin import simulated
+
+glm5_backend = simulated("cambricon")
