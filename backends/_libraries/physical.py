@@ -69,12 +69,29 @@ def slots(indices: Tensor, block_table: Tensor, request: Tensor, page: int, apar
 
 
 def compacted(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Places [T, K] without the -1 among them, 0 at the tail, and how many each token has, [T] int32."""
+    """Places [T, K] without the -1 among them, and how many each token has, [T] int32."""
     T, K = chosen.shape
     valid = chosen >= 0
     place = torch.where(valid, valid.cumsum(1) - 1, K)  # the last column is for those that are left out
-    table = chosen.new_zeros(T, K + 1).scatter_(1, place, chosen.clamp_min(0))
-    return table[:, :K], valid.sum(1, dtype=torch.int32)
+    table = chosen.new_zeros(T, K + 1).scatter_(1, place, chosen.clamp_min(0))[:, :K]
+    return _safe(table, count := valid.sum(1, dtype=torch.int32)), count
+
+
+def everything(
+    block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, request: Tensor, page: int, apart: int
+) -> tuple[Tensor, Tensor]:
+    """The place of every key that a token sees, [T, M·P], and how many there are, [T] int32."""
+    at = torch.arange(block_table.shape[1] * page, dtype=block_table.dtype, device=block_table.device)
+    table = block_table.index_select(0, request).index_select(1, at // page) * apart + at % page
+    return _safe(table, seen := visible(cu_seqlens_q, seq_lens, request)), seen
+
+
+def _safe(table: Tensor, count: Tensor) -> Tensor:
+    """What lies behind a token's last place names its first, which it reads anyway; 0 where it has none."""
+    if table.shape[1] == 0:
+        return table
+    inside = torch.arange(table.shape[1], device=table.device) < count[:, None]
+    return torch.where(inside, table, table[:, :1].masked_fill(count[:, None] == 0, 0))
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cambricon MLUs: providers ``triton`` (ours) and ``torch``."""
+"""Cambricon MLUs: providers ``tmo`` (torch_mlu_ops, where it is installed), ``triton`` (ours) and ``torch``."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def probe() -> Device | Unavailable:
 def kernels() -> Sequence[Kernel]:
     from glm5_hal.backends import _torch
     from glm5_hal.backends._triton.offered import offered
-    from glm5_hal.backends.cambricon import device
+    from glm5_hal.backends.cambricon import device, libraries
 
-    return (*offered(device.arch(), TUNING, device.TRITON), *_torch.kernels())
+    return (*libraries.adapted(), *offered(device.arch(), TUNING, device.TRITON), *_torch.kernels())
 
 
 @hookimpl
