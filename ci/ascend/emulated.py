@@ -23,7 +23,7 @@ from glm5_hal.backends import ascend
 from glm5_hal.backends.ascend import needs
 from glm5_hal.hookspecs import hookimpl
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def probe() -> Device | Unavailable:
@@ -40,9 +40,9 @@ def kernels() -> Sequence[Kernel]:
 
 
 def _install() -> None:
-    if str(HERE) not in sys.path:
-        sys.path.insert(0, str(HERE))
-    import emulator
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    from ci.ascend import emulator
 
     emulator.install()
 
