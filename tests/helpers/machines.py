@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -56,12 +56,18 @@ class Driver:
 
 @contextmanager
 def machine(
-    installed: Sequence[str], runs: str | None, *, tools: Path, loaded: bool = True, count: int = 2
+    installed: Sequence[str],
+    runs: str | None,
+    *,
+    tools: Path,
+    loaded: bool = True,
+    count: int = 2,
+    broken: Callable[[ModuleType], None] | None = None,
 ) -> Iterator[list[tuple[str, str]]]:
     """The software of several identities, of which one has devices, or none. torch is that one's, or the first's.
 
     ``loaded``: the extension of the one that runs has been imported, as torch does by itself. ``tools`` is an empty
-    folder for commands. What drivers are asked is noted.
+    folder for commands. ``broken`` is what the extensions do in place of their own. What drivers are asked is noted.
     """
     identities, asked = [IDENTITIES[key] for key in installed], []
     build = IDENTITIES[runs or installed[0]]
@@ -78,6 +84,9 @@ def machine(
             patch.setattr(torch.cuda, question, getattr(ours, question))
 
         def begin(module: ModuleType) -> None:
+            if broken is not None:
+                broken(module)
+                return
             identity = next(i for i in identities if module.__name__ in i.packages)
             if module.__name__ != identity.extension:
                 asked.append((identity.backend, "imported"))
@@ -98,7 +107,7 @@ def machine(
         for tool in (tool for identity in identities for tool in identity.tools):
             (tools / tool).touch(0o755)
         patch.setenv("PATH", str(tools))
-        if runs and loaded and build.extension:
+        if runs and loaded and build.extension and broken is None:
             __import__(build.extension)
         asked.clear()
         try:
