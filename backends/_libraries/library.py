@@ -25,6 +25,7 @@ class Library:
         install: what brings it.
         versions: those that its adapter was written for (">=1.0.1"), where it says its version.
         without: what it must not have. A newer one has some of it, and other conventions.
+        ops: what it registers under ``torch.ops`` when it is imported.
         adapter: the module that has the kernels, of the package that lists it; "" where it has the library's name.
     """
 
@@ -33,6 +34,7 @@ class Library:
     install: str
     versions: str = ""
     without: tuple[str, ...] = ()
+    ops: tuple[str, ...] = ()
     adapter: str = ""
 
     def problem(self) -> str:
@@ -47,8 +49,12 @@ class Library:
         for name in self.without:
             if _has(module, name):
                 return f"{self.module} has {name}: it is newer than its adapter"
-        known = {self.module: str(getattr(module, "__version__", ""))}
-        return (package_problem(self.module, self.versions, known) or "") if self.versions else ""
+        for name in self.ops:
+            if not _has(import_module("torch").ops, name):
+                return f"{self.module} registers no {name}: it is older than its adapter"
+        name = self.module.partition(".")[0]
+        known = {name: str(getattr(import_module(name), "__version__", ""))}
+        return (package_problem(name, self.versions, known) or "") if self.versions else ""
 
 
 def _has(module: Any, name: str) -> bool:
@@ -63,7 +69,7 @@ def adapted(package: str, libraries: Sequence[Library]) -> Sequence[Kernel]:
     """Kernels of those that are installed, by the adapters of ``package``."""
     found: list[Kernel] = []
     for library in libraries:
-        if installed(library.module):
+        if installed(library.module.partition(".")[0]):
             kernels = kernels_of(import_module(f"{package}.{library.adapter or library.module}"))
             problem = library.problem()
             refusal = (never(problem, library.install),) if problem else ()

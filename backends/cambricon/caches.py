@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from glm5_hal.backend import kernel
+from glm5_hal.backends._libraries.needs import FLOATS
 from glm5_hal.capability import contiguous, dtype, one_of
-
-FLOATS = ("float32", "bfloat16", "float16")
 
 
 @kernel(

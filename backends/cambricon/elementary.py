@@ -10,23 +10,8 @@ import torch
 from torch import Tensor
 
 from glm5_hal.backend import kernel
-from glm5_hal.capability import dtype, one_of, when
-from glm5_hal.signature import Signature
-
-FLOATS = ("float32", "bfloat16", "float16")
-
-
-def _alike(call: Signature) -> bool:
-    x, weight = call.tensors["x"], call.tensors["weight"]
-    return x is None or weight is None or x.dtype == weight.dtype
-
-
-ALIKE = when(
-    _alike,
-    "the gain has the activations' dtype",
-    "convert the weight once, or use another kernel",
-    reads=(("x", "dtype"), ("weight", "dtype")),
-)
+from glm5_hal.backends._libraries.needs import ALIKE, FLOATS
+from glm5_hal.capability import dtype, one_of
 
 
 def _library() -> Any:

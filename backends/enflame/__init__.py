@@ -1,4 +1,4 @@
-"""Enflame GCUs: providers ``triton`` (ours) and ``torch``."""
+"""Enflame GCUs: providers ``vllm_gcu`` (its ops, where a process has imported it), ``triton`` (ours) and ``torch``."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def probe() -> Device | Unavailable:
 def kernels() -> Sequence[Kernel]:
     from glm5_hal.backends import _torch
     from glm5_hal.backends._triton.offered import offered
-    from glm5_hal.backends.enflame import device
+    from glm5_hal.backends.enflame import device, libraries
 
-    return (*offered(device.arch(), TUNING, device.TRITON), *_torch.kernels())
+    return (*libraries.adapted(), *offered(device.arch(), TUNING, device.TRITON), *_torch.kernels())
 
 
 @hookimpl

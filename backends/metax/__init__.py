@@ -1,5 +1,5 @@
-"""MetaX GPUs, whose torch calls them cuda: providers ``flash_mla`` (mcFlashMLA, where it is installed), ``triton``
-(ours) and ``torch``."""
+"""MetaX GPUs, whose torch calls them cuda: providers ``flash_mla`` (mcFlashMLA) and ``mcoplib`` where they are
+installed, ``triton`` (ours) and ``torch``."""
 
 from __future__ import annotations
 

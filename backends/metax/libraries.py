@@ -1,8 +1,13 @@
 """Other people's kernels for MetaX's GPUs.
 
-Known by call sites alone, and so left to Triton and torch: ``mctlassEx`` (closed), ``deep_ep``, and of the MACA build
-of ``deep_gemm`` the ops whose masks and layouts no source says: ``bf16_mqa_logits``, ``bf16_paged_mqa_logits``,
-``int8_mqa_logits``, ``int8_paged_mqa_logits``.
+Left to Triton and torch:
+
+- mcoplib's top-k: ``top_k_per_row`` keeps at most 3072 scores of one of its bins, ``fast_topk`` a few thousand, and
+  what is more is lost, so rows of near scores come out wrong.
+- mcoplib's ``grouped_topk``: not adapted yet.
+- The MACA build of ``deep_gemm``: of ``bf16_mqa_logits`` and ``bf16_paged_mqa_logits`` no source says what they do with
+  a NaN or behind the last key; the others take int8 or float8.
+- ``mctlassEx``, ``deep_ep``: known by call sites alone.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from collections.abc import Sequence
 from glm5_hal.backend import Kernel
 from glm5_hal.backends._libraries.library import Library
 from glm5_hal.backends._libraries.library import adapted as of
+from glm5_hal.backends._libraries.vllm_ops import OPS
 
 LIBRARIES = (
     Library(
@@ -20,6 +26,14 @@ LIBRARIES = (
         "install mcFlashMLA for this MACA: https://github.com/MetaX-MACA/mcFlashMLA",
         versions=">=1.0.1",
         without=("flash_mla_interface.FlashMLASchedMeta",),
+    ),
+    Library(
+        "mcoplib._C",
+        (),
+        "install mcoplib for this MACA: https://github.com/MetaX-MACA/mcoplib",
+        versions=">=0.4.0",
+        ops=OPS,
+        adapter="mcoplib",
     ),
 )
 

@@ -76,6 +76,26 @@ def call(op: str, axes: dict[str, Any], dtype: str = "bfloat16") -> dict[str, An
     return dict(specs()[op].inputs(Sample("a call", axes), dtype, Draw(0, op)).args)
 
 
+def smoke(*ops: str) -> list[Any]:
+    """Parameters of a test: every sample of the ops' smoke level, in two dtypes."""
+    return [
+        pytest.param(op, sample, dtype, id=f"{op}-{sample.id}-{dtype}")
+        for op in ops
+        for sample in specs()[op].samples()
+        if sample.level == "smoke"
+        for dtype in ("bfloat16", "float32")
+        if dtype in sample.dtypes
+    ]
+
+
+def passes_or_is_refused(result: Result, kernel: str) -> bool:
+    """Whether a kernel that takes a case does it right."""
+    if result.verdict == "UNSUPPORTED":
+        return bool(result.detail)
+    assert (result.verdict, result.detail, result.kernel) == ("PASS", "", kernel)
+    return True
+
+
 def attend(q: Tensor, keys: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """One token over keys [n, 576]: probabilities are rounded before the product with the values; lse is natural, and
     +inf where the sum is 0 or NaN."""
