@@ -1,4 +1,5 @@
-"""Kunlunxin XPUs, whose torch calls them cuda: providers ``triton`` (ours) and ``torch``."""
+"""Kunlunxin XPUs, whose torch calls them cuda: providers ``kunlun_ops`` (where it is installed), ``triton`` (ours) and
+``torch``."""
 
 from __future__ import annotations
 
@@ -22,9 +23,9 @@ def probe() -> Device | Unavailable:
 def kernels() -> Sequence[Kernel]:
     from glm5_hal.backends import _torch
     from glm5_hal.backends._triton.offered import offered
-    from glm5_hal.backends.kunlunxin import device
+    from glm5_hal.backends.kunlunxin import device, libraries
 
-    return (*offered(device.arch(), TUNING, device.TRITON), *_torch.kernels())
+    return (*libraries.adapted(), *offered(device.arch(), TUNING, device.TRITON), *_torch.kernels())
 
 
 @hookimpl
