@@ -165,7 +165,7 @@ def _quantised(
         assert offset is not None
         return quantize.int8((rows.half() * scale.half() + offset.half()).float()), none
     smooth = rows.float()
-    if scale is not None:
+    if scale is not None and len(rows):
         smooth = smooth * (scale if len(scale) == 1 else scale[expert])
     values, scales = quantize.per_row(smooth)
     return values, scales[:, 0]
@@ -185,8 +185,8 @@ def _scales(
         rules.shape("offset", offset, 1)
         return
     rules.absent(f"quant_mode is {quant_mode}", offset=offset)
-    if scale is None:
-        return
+    if scale is None or not len(x):
+        return  # without tokens the op returns before it looks
     if quant_mode == -1:
         rules.shape("scale", scale, len(x))
     else:

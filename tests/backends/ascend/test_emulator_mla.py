@@ -330,7 +330,7 @@ REFUSED: list[tuple[str, dict[str, Any] | Change, str]] = [
     (QUANT, {"group_index": torch.tensor([12], dtype=torch.int32)}, "smooth_scales is given"),
     (QUANT, {**SMOOTH, "group_index": torch.tensor([4, 11], dtype=torch.int32)}, "ends at"),
     (QUANT, {**SMOOTH, "group_index": torch.tensor([4, 12])}, "group_index has dtype"),
-    (QUANT, {**SMOOTH, "group_index": torch.tensor([12, 4], dtype=torch.int32)}, "rises"),
+    (QUANT, {**SMOOTH, "group_index": torch.tensor([12, 4], dtype=torch.int32)}, "does not fall"),
     (QUANT, {"dst_type": 3}, "dst_type is int8"),
 ]  # fmt: skip
 

@@ -108,6 +108,19 @@ def test_an_empty_range_is_the_whole_range_and_scales_go_along() -> None:
     assert torch.equal(one[3], given["scale"][source])
 
 
+def test_no_tokens_are_no_rows() -> None:
+    given = {
+        **sample(ROUTE),
+        "x": torch.empty(0, 32),
+        "expert_idx": torch.empty(0, 4, dtype=torch.int32),
+        "quant_mode": 1,
+    }
+    expanded, row_idx, counts, scales = npu.npu_moe_init_routing_v2(**{**given, "scale": torch.empty(0)})
+    assert expanded.shape == (0, 32)
+    assert row_idx.numel() == scales.numel() == 0
+    assert counts.tolist() == [0] * 16
+
+
 @pytest.mark.parametrize("smooth", [None, 1, 16])
 def test_dynamic_quantisation(smooth: int | None) -> None:
     scale = None if smooth is None else torch.rand(smooth, 32) + 0.5
