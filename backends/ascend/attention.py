@@ -54,8 +54,8 @@ MASK = 2048
     requires=(
         arch(A2, A3, A5),
         *has("npu_sparse_flash_attention"),
-        *floats("q", "kv_cache", allowed=HALVES),
         one_of("cache_format", *UNQUANTISED),
+        *floats("q", "kv_cache", allowed=HALVES),
         *ABSORBED,
     ),
     provides=("graph_safe",),
@@ -138,8 +138,8 @@ def _all_keys(indices: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, cache:
     requires=(
         A2_A3,
         *has("npu_fused_infer_attention_score_v2"),
-        *floats("q", "kv_cache", allowed=HALVES),
         one_of("cache_format", *APART),
+        *floats("q", "kv_cache", allowed=HALVES),
         *ABSORBED,
         pages(),
         limit("B", REQUESTS),

@@ -24,8 +24,8 @@ from glm5_hal.capability import one_of
     requires=(
         A2_A3,
         *has("npu_scatter_nd_update_"),
-        *floats("kv_c", "kv_cache"),
         one_of("cache_format", *UNQUANTISED),
+        *floats("kv_c", "kv_cache"),
     ),
     provides=("graph_safe",),
 )
@@ -47,7 +47,7 @@ def mla_cache_write(
 @kernel(
     "index_cache_write",
     "aclnn",
-    requires=(A2_A3, *has("npu_scatter_nd_update_"), *floats("k", "index_cache"), one_of("cache_format", "bf16_128")),
+    requires=(A2_A3, *has("npu_scatter_nd_update_"), one_of("cache_format", "bf16_128"), *floats("k", "index_cache")),
     provides=("graph_safe",),
 )
 def index_cache_write(k: Tensor, index_cache: Tensor, slot_mapping: Tensor, *, cache_format: str = "bf16_128") -> None:

@@ -36,9 +36,9 @@ def _counted(call: Signature) -> bool:
     requires=(
         A2_A3,
         *has("npu_lightning_indexer"),
+        one_of("cache_format", "bf16_128"),
         *floats("q", "index_cache", allowed=HALVES),
         dtype("weights", "float32"),
-        one_of("cache_format", "bf16_128"),
         one_of("D", 128),
         limit("H", 64),
         pages(),
