@@ -21,11 +21,15 @@ def probe() -> Device | Unavailable:
 
 
 def kernels() -> Sequence[Kernel]:
+    import torch
+
     from glm5_hal.backends import _torch
+    from glm5_hal.backends._probing import marked
     from glm5_hal.backends._triton.offered import offered
     from glm5_hal.backends.cuda import device, libraries, products
 
-    products.install()
+    if not marked(torch):  # else another vendor's products would be replaced wherever these kernels are only listed
+        products.install()
     return (*libraries.adapted(), *offered(device.arch(), TUNING), *_torch.kernels())
 
 

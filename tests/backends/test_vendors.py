@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from toys import installed
 
 from glm5_hal import explain, formats
-from glm5_hal.backend import Device, Unavailable
+from glm5_hal.backend import Device, Unavailable, kernels_of
 from glm5_hal.backends._triton.tuning import UNTUNED, tuning
 from glm5_hal.backends._triton.tuning import _read as read
 from glm5_hal.catalogue import Catalogue
@@ -149,6 +150,37 @@ def test_a_probe_leaves_the_process_as_it_was(vendor: str) -> None:
     assert dict(os.environ) == before
     new = {name.partition(".")[0] for name in set(sys.modules) - modules}
     assert new <= {"glm5_hal"}
+
+
+# --- what the guide says of them -------------------------------------------------------------------------------------
+
+GUIDE = Path(__file__).parents[2] / "docs/vendors.md"
+
+
+def test_the_guide_says_how_a_device_is_reached(vendor: str) -> None:
+    device_type, communicator, smi, _, _ = VENDORS[vendor]
+    hides = import_module(f"glm5_hal.backends.{vendor}.device").VENDOR.hides
+    (row,) = (line for line in GUIDE.read_text("utf-8").splitlines() if line.startswith(f"| `{vendor}` |"))
+    _, _, device, collectives, variables, command, without, _ = (cell.strip() for cell in row.split("|"))
+    assert (device, command) == (f"`{device_type}`", f"`{smi}`")
+    assert collectives.partition(" ")[0] == communicator
+    assert variables == ", ".join(f"`{name}`" for name in hides)
+    limits = read(import_module(f"glm5_hal.backends.{vendor}").TUNING).get("limits", {})
+    lacking = ["float64"] * ("floats" in limits) + ["int64"] * (not limits.get("int64", True))
+    assert without == (", ".join(lacking) or "-")
+
+
+def test_the_guide_lists_what_each_library_serves(vendor: str) -> None:
+    native: set[tuple[str, str]] = set()
+    for library in import_module(f"glm5_hal.backends.{vendor}.libraries").LIBRARIES:
+        adapter = import_module(f"glm5_hal.backends.{vendor}.{library.adapter or library.module}")
+        native |= {(kernel.provider, kernel.op) for kernel in kernels_of(adapter)}
+    (section,) = re.findall(rf"^## [^\n]*\(`{vendor}`\)\n(.*?)(?=^## |\Z)", GUIDE.read_text("utf-8"), re.M | re.S)
+    told = set()
+    for row in re.findall(r"^\| (`.*)$", section, re.M):
+        library, ops, *_ = row.split("|")
+        told |= {(library.split("`")[1], op) for op in re.findall(r"`(\w+)`", ops)}
+    assert told == native
 
 
 # --- two vendors' software at once -----------------------------------------------------------------------------------

@@ -203,6 +203,15 @@ def test_without_a_gpu_its_kernels_can_still_be_listed(monkeypatch: pytest.Monke
     assert {"rms_norm", "sparse_mla"} <= {kernel.op for kernel in cuda.kernels()}
 
 
+def test_listing_them_leaves_the_products_of_another_vendors_device_alone(
+    build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "PRODUCTS", {})
+    build("2.8.0+metax3.5.3.9", "MetaX C500", count=0)
+    assert cuda.kernels()
+    assert precision.PRODUCTS == {}
+
+
 LIGHT = """
 import sys
 from glm5_hal.backends.cuda import glm5_backend
