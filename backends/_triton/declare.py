@@ -70,6 +70,7 @@ def _small(op: str, scratch: Callable[[Signature], int], tuning: Tuning) -> tupl
         return ()
     spec = declared(op)
     names = list(spec.tensors)
+    sizes = {dim for out in spec.outs for dim in out.dims.split()}
 
     def fits(call: Signature) -> bool:
         given = max(_reach(meta) for name in names if (meta := call.tensors.get(name)) is not None)
@@ -77,7 +78,7 @@ def _small(op: str, scratch: Callable[[Signature], int], tuning: Tuning) -> tupl
         return max(given, made, scratch(call)) <= 2**31
 
     reads = [(name, what) for name in names for what in ("shape", "strides")]
-    reads += [(name, "value") for name in spec.options if name in {dim for out in spec.outs for dim in out.dims.split()}]
+    reads += [(name, "value") for name in spec.options if name in sizes]
     reason = "no tensor reaches over more than 2^31 elements, on a chip without int64"
     return (when(fits, reason, "split the batch", reads=tuple(reads)),)
 

@@ -17,9 +17,11 @@ from glm5_hal.conformance.checks import accuracy, layout, poison
 from glm5_hal.conformance.inputs import Draw
 from glm5_hal.conformance.oracle import Run
 from glm5_hal.conformance.trial import Expected, Trial
+from glm5_hal.decision import Accepted
 from glm5_hal.formats import FORMATS
+from glm5_hal.metadata import signature_of
 from glm5_hal.ops import specs
-from glm5_hal.signature import Facts
+from glm5_hal.signature import Facts, TensorMeta
 from glm5_hal.spec import Inputs, Sample
 
 
@@ -56,13 +58,38 @@ def _drawn(op: str, sample: Sample, dtype: str) -> Inputs:
 
 def passes(kernel: Kernel, sample: Sample, dtype: str) -> None:
     """Within the suite's budgets, whatever the strides, and unmoved by poison in what must not be read."""
-    spec = specs()[kernel.op]
-    inputs = _drawn(kernel.op, sample, dtype)
-    expected = Expected(oracle.truth(spec, inputs.args), oracle.emulation(spec, inputs.args))
-    trial = Trial(Case(spec.name, dtype, sample), inputs, kernel, kernel.fn, "cpu", expected, Facts())
+    trial = _trial(kernel, sample, dtype)
     with torch.inference_mode():
         for finding in (accuracy.judge(trial, trial.first), poison.check(trial), layout.check(trial)):
             assert finding.ok is not False, finding.detail
+
+
+def takes(kernel: Kernel, sample: Sample, dtype: str) -> bool:
+    """Whether dispatch would give this call to the kernel."""
+    spec = specs()[kernel.op]
+    bound = spec.bind(**_drawn(kernel.op, sample, dtype).args)
+    metas = {name: _meta(bound[name]) for name in spec.tensors}
+    call = signature_of(spec, metas, {name: bound[name] for name in spec.options})
+    return all(isinstance(requirement.test(call, Facts()), Accepted) for requirement in kernel.requires)
+
+
+def _meta(x: Tensor | None) -> TensorMeta | None:
+    return None if x is None else TensorMeta(str(x.dtype)[6:], tuple(x.shape), x.device.type, x.stride())
+
+
+def accurate(kernel: Kernel, sample: Sample, dtype: str) -> None:
+    """Within the suite's budgets."""
+    trial = _trial(kernel, sample, dtype)
+    with torch.inference_mode():
+        finding = accuracy.judge(trial, trial.first)
+    assert finding.ok is not False, finding.detail
+
+
+def _trial(kernel: Kernel, sample: Sample, dtype: str) -> Trial:
+    spec = specs()[kernel.op]
+    inputs = _drawn(kernel.op, sample, dtype)
+    expected = Expected(oracle.truth(spec, inputs.args), oracle.emulation(spec, inputs.args))
+    return Trial(Case(spec.name, dtype, sample), inputs, kernel, kernel.fn, "cpu", expected, Facts())
 
 
 def run(kernel: Kernel, args: Mapping[str, Any]) -> dict[str, Tensor]:

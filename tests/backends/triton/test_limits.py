@@ -1,4 +1,4 @@
-"""Where a chip has no 64-bit integers, no address may need them: what a call has, what it makes, and what lies between."""
+"""Where a chip has no 64-bit integers, no address may need them: of what a call has, makes, or needs in between."""
 
 from __future__ import annotations
 
