@@ -3,9 +3,9 @@ heads by the latter.
 
 Their conventions, and what is done about them:
 
-- npu_sparse_flash_attention gives the softmax's maximum and sum over unpaged keys alone, and lse is one of our results.
-  So keys are copied: the chosen ones, every token then being a request of its own, or all keys of every request,
-  whichever are fewer. That also takes caches of any page size, and both formats that are not quantised.
+- npu_sparse_flash_attention gives the softmax's maximum and sum (of scaled scores) over unpaged keys alone, and lse is
+  one of our results. So keys are copied: the chosen ones, every token then being a request of its own, or all keys of
+  every request, whichever are fewer. That also takes pages of any size, and both formats that are not quantised.
 - it wants every row's valid indices first, and says nothing of rows without any: their results are ours.
 - npu_fused_infer_attention_score_v2 takes lengths as lists, which come from the step's plan; pages as they are, with
   the rope keys in a tensor of their own; and for the causal mask a matrix of 2048 x 2048.
@@ -42,6 +42,13 @@ from glm5_hal.capability import arch, contiguous, limit, one_of, when
 from glm5_hal.plan import host_list, schedule
 from glm5_hal.signature import Signature
 
+POSITIVE = when(
+    lambda call: call.scalars["scale"] > 0,
+    "the scale is positive: the vendor tests no other",
+    "use a positive scale, or another kernel",
+    reads=(("scale", "value"),),
+)
+
 #: Requests of one call whose lengths are lists.
 REQUESTS = 4096
 
@@ -57,6 +64,7 @@ MASK = 2048
         one_of("cache_format", *UNQUANTISED),
         *floats("q", "kv_cache", allowed=HALVES),
         *ABSORBED,
+        POSITIVE,
     ),
     provides=("graph_safe",),
 )
@@ -122,13 +130,13 @@ def _all_keys(indices: Tensor, block_table: Tensor, cu_seqlens_q: Tensor, cache:
     """Every request with as many keys as its row of the block table has room for; those that are not its own are never
     chosen."""
     (B, M), (N, P, _) = block_table.shape, cache
-    pages = block_table.clamp(0, N - 1).reshape(-1)
-    ends = torch.arange(1, B + 1, dtype=torch.int32, device=indices.device) * (M * P)
+    pages, room = block_table.clamp(0, N - 1).reshape(-1), M * P
+    ends = torch.arange(1, B + 1, dtype=torch.int32, device=indices.device) * room
     return (
         lambda cache: cache.index_select(0, pages).flatten(0, 1),
         cu_seqlens_q[1:].contiguous(),
         ends,
-        valid_first(indices),
+        valid_first(indices)[:, :room].contiguous(),  # it wants no more of them than there are keys
     )
 
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from ci.ascend import emulated  # noqa: E402
+from ci.ascend import emulated, emulator  # noqa: E402, F401 - for tests, from here
 
 #: Few checks, where many points are looked at.
 QUICK = ("form", "accuracy", "poison", "integrity")

@@ -9,7 +9,19 @@ import torch
 
 from glm5_hal import StepPlan
 
-from .emulation import DENSE, HEADS, INDEXER, QUICK, RAGGED, SPARSE, adapter, call, judged, takes_empty_requests
+from .emulation import (
+    DENSE,
+    HEADS,
+    INDEXER,
+    QUICK,
+    RAGGED,
+    SPARSE,
+    adapter,
+    call,
+    emulator,
+    judged,
+    takes_empty_requests,
+)
 
 EDGE = frozenset({"edge"})
 
@@ -114,8 +126,6 @@ def test_the_indexer(axes: dict[str, Any]) -> None:
 
 def test_a_key_that_the_mask_hides_is_never_chosen() -> None:
     """Whether the vendor's op names such keys where there are too few is not documented: so it is seen both ways."""
-    from ci.ascend import emulator
-
     args = call("lightning_indexer", {**INDEXER, "lens": ((5, 5), (3, 2), (1, 40))})
     try:
         for hidden in (False, True):
