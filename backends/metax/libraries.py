@@ -4,7 +4,6 @@ Left to Triton and torch:
 
 - mcoplib's top-k: ``top_k_per_row`` keeps at most 3072 scores of one of its bins, ``fast_topk`` a few thousand, and
   what is more is lost, so rows of near scores come out wrong.
-- mcoplib's ``grouped_topk``: not adapted yet.
 - The MACA build of ``deep_gemm``: of ``bf16_mqa_logits`` and ``bf16_paged_mqa_logits`` no source says what they do with
   a NaN or behind the last key; the others take int8 or float8.
 - ``mctlassEx``, ``deep_ep``: known by call sites alone.
@@ -19,6 +18,8 @@ from glm5_hal.backends._libraries.library import Library
 from glm5_hal.backends._libraries.library import adapted as of
 from glm5_hal.backends._libraries.vllm_ops import OPS
 
+MCOPLIB = "install mcoplib for this MACA: https://github.com/MetaX-MACA/mcoplib"
+
 LIBRARIES = (
     Library(
         "flash_mla",
@@ -27,14 +28,8 @@ LIBRARIES = (
         versions=">=1.0.1",
         without=("flash_mla_interface.FlashMLASchedMeta",),
     ),
-    Library(
-        "mcoplib._C",
-        (),
-        "install mcoplib for this MACA: https://github.com/MetaX-MACA/mcoplib",
-        versions=">=0.4.0",
-        ops=OPS,
-        adapter="mcoplib",
-    ),
+    Library("mcoplib._C", (), MCOPLIB, versions=">=0.4.0", ops=OPS, adapter="mcoplib"),
+    Library("mcoplib._moe_C", (), MCOPLIB, versions=">=0.4.0", ops=("_moe_C.grouped_topk",), adapter="routing"),
 )
 
 

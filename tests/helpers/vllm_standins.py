@@ -18,6 +18,10 @@ SCHEMAS = {
         "concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor! kv_cache, Tensor slot_mapping, str kv_cache_dtype, "
         "Tensor scale) -> ()",
     ),
+    "_moe_C": (
+        "grouped_topk(Tensor scores, int n_group, int topk_group, int topk, bool renormalize, "
+        "float routed_scaling_factor, Tensor bias, int scoring_func) -> (Tensor, Tensor)",
+    ),
 }
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -85,3 +89,48 @@ def concat_and_cache_mla(
     for t, slot in enumerate(slot_mapping.tolist()):
         if slot >= 0:
             kv_cache[slot // kv_cache.shape[1], slot % kv_cache.shape[1]] = torch.cat([kv_c[t], k_pe[t]])
+
+
+def grouped_topk(
+    scores: Tensor,
+    n_group: int,
+    topk_group: int,
+    topk: int,
+    renormalize: bool,
+    routed_scaling_factor: float,
+    bias: Tensor,
+    scoring_func: int,
+) -> tuple[Tensor, Tensor]:
+    """Token by token, as its kernel does: what is not finite is no candidate, and what is not found is expert 0."""
+    tokens, experts = scores.shape
+    assert scores.is_contiguous()
+    assert bias.is_contiguous()
+    assert bias.shape == (experts,)
+    assert scores.dtype == bias.dtype == torch.float32
+    assert experts % n_group == 0
+    assert n_group <= 32
+    assert topk <= 32
+    assert scoring_func in (0, 1)
+    if scoring_func == 1:
+        scores = 0.5 * torch.tanh(0.5 * scores) + 0.5
+    weights, ids = torch.empty(tokens, topk), torch.zeros(tokens, topk, dtype=torch.int32)
+    for t, (row, choice) in enumerate(zip(scores, scores + bias, strict=True)):
+        groups = [_two_best(group) for group in choice.reshape(n_group, -1).tolist()]
+        best = sorted((-value, g) for g, value in enumerate(groups) if abs(value) < torch.inf)[:topk_group]
+        if not best:
+            weights[t], ids[t] = 1.0 / topk, torch.arange(topk)
+            continue
+        size = experts // n_group
+        eligible = sorted(e for _, g in best for e in range(g * size, (g + 1) * size) if choice[e].isfinite())
+        chosen = sorted(eligible, key=lambda e: -float(choice[e]))[:topk]
+        ids[t, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+        picked = row[ids[t].long()]
+        total = 1e-20 + float(picked.sum()) if renormalize else 1.0
+        weights[t] = picked * (routed_scaling_factor / total)
+    return weights, ids
+
+
+def _two_best(group: list[float]) -> float:
+    """Their sum. A NaN is larger than nothing, and of one expert there is no second."""
+    first, second, *_ = [*sorted((c for c in group if c == c), reverse=True), -torch.inf, -torch.inf]
+    return first + second
