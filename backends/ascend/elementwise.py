@@ -5,8 +5,8 @@ Their conventions, and what is done about them:
 - a table has a column for every rotary dim, so each of ours stands twice: side by side where pairs are interleaved, one
   half after the other where they are half a head apart.
 - a table's values are within [-1, 1]. One that has a factor folded in is divided by a power of two.
-- tables of float32 are documented beside an x of float32 alone: a narrower x is converted, and the result rounded once.
-  npu_interleave_rope, which wants tables in bfloat16 and stores its result in the other layout, is not used.
+- torch_npu converts the tables to the dtype of x, which would round them: so x is converted, and the result rounded
+  once. npu_interleave_rope, which wants tables in bfloat16 and stores its result in the other layout, is not used.
 - npu_swiglu has no limit: both halves are clamped before, in float32.
 """
 

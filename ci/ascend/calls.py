@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from glm5_hal import torchlib
 from glm5_hal.backend import Kernel
@@ -92,7 +93,7 @@ def _called(kernel: Kernel, sample: Sample, dtype: str, facts: Facts) -> Call:
     where = (kernel.op, sample.id, dtype)
     given = spec.inputs(sample, dtype, Draw(0, f"{kernel.op}-{sample.id}")).args
     lists = {name: tuple(given[name].tolist()) for name in LENGTHS if name in given}
-    with FakeTensorMode(), torch.inference_mode():  # the vendor's autograd kernels ask for a device
+    with FakeTensorMode(), torch.inference_mode(), _Recording():  # the vendor's autograd kernels ask for a device
         args = {name: _on_npu(value) if isinstance(value, Tensor) else value for name, value in given.items()}
         read = {id(args[name]): values for name, values in lists.items()}
         args |= _prepared(kernel.op, args)
@@ -107,6 +108,27 @@ def _called(kernel: Kernel, sample: Sample, dtype: str, facts: Facts) -> Call:
                 return Call(*where, "failed", f"{type(problem).__name__}: {str(problem).strip()[:400]}")
         wrong = _differences(got, torchlib.fake(spec)(**args))
     return Call(*where, "failed" if wrong else "ok", wrong)
+
+
+#: What adapters called of torch itself and of the vendor, by name.
+_called_ops: dict[str, Any] = {}
+
+
+class _Recording(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        _called_ops.setdefault(str(func), func)
+        return func(*args, **(kwargs or {}))
+
+
+def without_kernel() -> list[str]:
+    """Ops that were called and that the device has no kernel for: torch_npu computes them on the CPU, and waits."""
+    keys = ("PrivateUse1", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return sorted(
+        name
+        for name, op in _called_ops.items()
+        if op.namespace in ("aten", "npu") and not any(has(op.name(), key) for key in keys)
+    )
 
 
 def _on_npu(tensor: Tensor) -> Tensor:

@@ -5,8 +5,9 @@
     python ci/ascend/contract.py --json
 
 torch_npu is imported over stand-ins for CANN's libraries (`stubs.py`), in a process of its own, and every aclnn kernel
-is called with GLM-5's shapes on tensors without values (`calls.py`). Exit codes: 0 all calls fit, 1 some do not,
-2 wrong usage, 3 torch_npu cannot be had or imported here.
+is called with GLM-5's shapes on tensors without values (`calls.py`). Every op of torch's that an adapter calls must have
+a kernel on the device. Exit codes: 0 all calls fit, 1 some do not, 2 wrong usage, 3 torch_npu cannot be had or imported
+here.
 """
 
 from __future__ import annotations
@@ -93,17 +94,19 @@ def _inside(level: str, as_json: bool) -> int:
         print("these stand-ins for CANN name no device: build them with ci/ascend/stubs.py", file=sys.stderr)
         return UNAVAILABLE
     sys.path.insert(0, str(HERE))
-    from calls import calls
+    from calls import calls, without_kernel
 
     made, wrong = list(calls(level)), schema_differences()
+    on_cpu = without_kernel()
     report = {
         "torch_npu": torch_npu.__version__,
         "calls": [asdict(call) for call in made],
         "schemas": wrong,
+        "on_cpu": on_cpu,
         "summary": _summary(made),
     }
     print(json.dumps(report, indent=1) if as_json else _told(report))
-    return FAILED if wrong or any(call.outcome == "failed" for call in made) else OK
+    return FAILED if wrong or on_cpu or any(call.outcome == "failed" for call in made) else OK
 
 
 def schema_differences() -> list[str]:
@@ -135,6 +138,7 @@ def _told(report: Mapping[str, Any]) -> str:
         rows.append(f"{op:20}{counts.get('ok', 0):6}{counts.get('refused', 0):9}{counts.get('failed', 0):8}")
     failed = [call for call in report["calls"] if call["outcome"] == "failed"]
     rows += [f"{call['op']}[{call['dtype']}-{call['sample']}]: {call['detail']}" for call in failed]
+    rows += [f"{op}: the device has no kernel for it, and an adapter calls it" for op in report["on_cpu"]]
     rows += report["schemas"] or [f"{SCHEMAS.name}: as the package has them"]
     return "\n".join(rows)
 
