@@ -5,9 +5,9 @@
     python ci/ascend/contract.py --json
 
 torch_npu is imported over stand-ins for CANN's libraries (`stubs.py`), in a process of its own, and every aclnn kernel
-is called with GLM-5's shapes on tensors without values (`calls.py`). Every op of torch's that an adapter calls must have
-a kernel on the device. Exit codes: 0 all calls fit, 1 some do not, 2 wrong usage, 3 torch_npu cannot be had or imported
-here.
+is called with GLM-5's shapes on tensors without values (`calls.py`). Every op of torch's that an adapter calls must
+have a kernel on the device. Exit codes: 0 all calls fit, 1 some do not, 2 wrong usage, 3 torch_npu cannot be had or
+imported here.
 """
 
 from __future__ import annotations
