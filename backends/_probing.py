@@ -52,9 +52,12 @@ def _version(torch: Any) -> str:
 
 
 def _hygon(torch: Any) -> bool:
-    """Its builds of torch say das or dtk; one that was built from source says nothing, and its tools are there."""
+    """Its builds of torch say das or dtk, and AMD's say rocm. What was built from source says nothing: then its tools
+    are there."""
+    if not torch.version.hip:
+        return False
     said = any(mark in _version(torch) for mark in ("das", "dtk"))
-    return bool(torch.version.hip) and (said or which("hy-smi") is not None)
+    return said or ("rocm" not in _version(torch) and which("hy-smi") is not None)
 
 
 #: Marks of torch as it runs, by vendor. What is merely installed, or lies on the disk, is no mark.

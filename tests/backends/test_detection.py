@@ -29,22 +29,12 @@ VENDORS = ("nvidia", "amd", "ascend", "musa", "hygon", "cambricon", "kunlunxin",
 #: Two installed, and which of them runs, if any.
 PAIRS = [(pair, runs) for pair in combinations(VENDORS, 2) for runs in (*pair, None)]
 
-#: An AMD build where Hygon's status command is on the path: it is taken for one of Hygon's that was built from source.
-AMD_TAKEN = pytest.mark.xfail(strict=True, reason="a HIP build that says rocm is Hygon's where hy-smi is")
-
-
-def pairs(*taken: str | None) -> list[Any]:
-    """``taken``: what runs where an AMD build is mistaken."""
-    return [
-        pytest.param(
-            pair, runs, marks=AMD_TAKEN if pair == ("amd", "hygon") and runs in taken else (), id=named(pair, runs)
-        )
-        for pair, runs in PAIRS
-    ]
-
 
 def named(pair: tuple[str, str], runs: str | None) -> str:
     return f"{' and '.join(pair)}, {runs or 'none'} runs"
+
+
+of_two = pytest.mark.parametrize(("pair", "runs"), [pytest.param(*each, id=named(*each)) for each in PAIRS])
 
 
 def probe(backend: str) -> Device | Unavailable:
@@ -92,7 +82,7 @@ def test_alone_a_device_is_its_vendors(runs: str, empty: Path) -> None:
 
 
 @pytest.mark.parametrize("loaded", [True, False], ids=["loaded", "not loaded"])
-@pytest.mark.parametrize(("pair", "runs"), pairs("amd", None))
+@of_two
 def test_of_two_the_one_that_runs_answers(pair: tuple[str, str], runs: str | None, loaded: bool, empty: Path) -> None:
     owner = IDENTITIES[runs].backend if runs else ""
     for backend in BACKENDS:
@@ -106,7 +96,7 @@ def test_of_two_the_one_that_runs_answers(pair: tuple[str, str], runs: str | Non
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["forwards", "backwards"])
-@pytest.mark.parametrize(("pair", "runs"), pairs("amd"))
+@of_two
 def test_asked_one_after_the_other_in_one_process_they_say_the_same(
     pair: tuple[str, str], runs: str | None, order: int, empty: Path
 ) -> None:

@@ -63,6 +63,7 @@ def test_an_unnamed_hip_build_is_hygons_where_its_tools_are(monkeypatch: pytest.
     assert marked(build) == ("AMD",)
     monkeypatch.setattr(_probing, "which", lambda command: f"/opt/hyhal/bin/{command}")
     assert marked(build) == ("Hygon",)
+    assert marked(BUILDS["AMD"]) == ("AMD",)
 
 
 # --- a device that is called cuda ------------------------------------------------------------------------------------
