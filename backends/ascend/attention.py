@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from glm5_hal.backend import kernel
+from glm5_hal.backends._libraries.physical import requests_of, visible
+from glm5_hal.backends.ascend.indices import valid_first
 from glm5_hal.backends.ascend.needs import (
     A2,
     A2_A3,
@@ -37,7 +39,6 @@ from glm5_hal.backends.ascend.needs import (
     has,
     pages,
 )
-from glm5_hal.backends.ascend.requests import requests_of, valid_first, visible
 from glm5_hal.capability import arch, contiguous, limit, one_of, when
 from glm5_hal.plan import host_list, schedule
 from glm5_hal.signature import Signature
@@ -191,7 +192,7 @@ def mla_decode(
     lse = lse[..., 0]
     if all(n <= m for n, m in zip(queries, lengths, strict=True)):
         return out, lse
-    return _unless(visible(cu_seqlens_q[1:], seq_lens, requests_of(cu_seqlens_q, len(q))) < 1, out, lse)
+    return _unless(visible(cu_seqlens_q, seq_lens, requests_of(cu_seqlens_q, len(q))) < 1, out, lse)
 
 
 def _mask(wanted: bool, device: torch.device) -> dict[str, object]:
@@ -267,5 +268,5 @@ def mla_prefill(
     if all(n <= m if causal else n == 0 or m > 0 for n, m in lengths):
         return out, lse
     keys, request = cu_seqlens_k.diff(), requests_of(cu_seqlens_q, len(q))
-    seen = visible(cu_seqlens_q[1:], keys, request) if causal else keys.index_select(0, request)
+    seen = visible(cu_seqlens_q, keys, request) if causal else keys.index_select(0, request)
     return _unless(seen < 1, out, lse)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from glm5_hal.backend import kernel
+from glm5_hal.backends._libraries.physical import requests_of, visible
+from glm5_hal.backends.ascend.indices import valid_first
 from glm5_hal.backends.ascend.needs import A2_A3, HALVES, floats, has, pages
-from glm5_hal.backends.ascend.requests import requests_of, valid_first, visible
 from glm5_hal.capability import contiguous, dtype, limit, one_of, when
 from glm5_hal.signature import Signature
 
@@ -77,5 +78,5 @@ def lightning_indexer(
         sparse_count=top_k,
         sparse_mode=3,  # causal, bottom-right aligned
     )
-    seen = visible(cu_seqlens_q[1:], seq_lens, requests_of(cu_seqlens_q, len(q)))
+    seen = visible(cu_seqlens_q, seq_lens, requests_of(cu_seqlens_q, len(q)))
     return valid_first(indices[:, 0].masked_fill(indices[:, 0] >= seen[:, None], -1))
