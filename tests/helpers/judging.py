@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fences import Fenced
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -78,18 +79,18 @@ def _meta(x: Tensor | None) -> TensorMeta | None:
 
 
 def accurate(kernel: Kernel, sample: Sample, dtype: str) -> None:
-    """Within the suite's budgets."""
-    trial = _trial(kernel, sample, dtype)
+    """Within the suite's budgets, of arguments between fences."""
+    trial = _trial(kernel, sample, dtype, Fenced)
     with torch.inference_mode():
         finding = accuracy.judge(trial, trial.first)
     assert finding.ok is not False, finding.detail
 
 
-def _trial(kernel: Kernel, sample: Sample, dtype: str) -> Trial:
+def _trial(kernel: Kernel, sample: Sample, dtype: str, kind: type[Trial] = Trial) -> Trial:
     spec = specs()[kernel.op]
     inputs = _drawn(kernel.op, sample, dtype)
     expected = Expected(oracle.truth(spec, inputs.args), oracle.emulation(spec, inputs.args))
-    return Trial(Case(spec.name, dtype, sample), inputs, kernel, kernel.fn, "cpu", expected, Facts())
+    return kind(Case(spec.name, dtype, sample), inputs, kernel, kernel.fn, "cpu", expected, Facts())
 
 
 def run(kernel: Kernel, args: Mapping[str, Any]) -> dict[str, Tensor]:
