@@ -184,6 +184,13 @@ def test_lengths_cut_queries_and_keys_and_one_length_is_for_all() -> None:
         assert (out[b, :, 4:] == 0).all()
 
 
+def test_probabilities_are_rounded_to_query_s_dtype() -> None:
+    """Eleven equal keys: 11 times the float16 next to 1/11 is less than the float16 below 1 and half a step more."""
+    q, k = torch.zeros(1, 1, 2, 64).half(), torch.ones(1, 1, 11, 64).half()
+    out, _ = npu.npu_fused_infer_attention_score_v2(q, k, k, num_query_heads=1, input_layout="BNSD")
+    assert (out == 1 - 2**-11).all()
+
+
 def test_no_keys_give_zeros() -> None:
     given = sample(SECOND, "BNSD")
     empty = {name: given[name][:, :, :0] for name in ("key", "value")}

@@ -176,8 +176,9 @@ def test_sparse_flash_attention(case: str, sparse_mode: int) -> None:
             assert torch.allclose(total.view(-1, 4)[row].double(), mass, rtol=1e-4)
 
 
-def test_block_wise_selection_stops_at_the_request_s_end() -> None:
-    given = sample(SFA)
+@pytest.mark.parametrize("sparse_mode", [0, 3])
+def test_block_wise_selection_stops_at_the_request_s_end(sparse_mode: int) -> None:
+    given = {**sample(SFA), "sparse_mode": sparse_mode}
     index = torch.tensor([[0, 9, 4], [4, 2, 0], [9, 1, -1]], dtype=torch.int32)[:, None]
     given.update(sparse_indices=index, sparse_block_size=2)
     given["actual_seq_lengths_kv"] = torch.tensor([19, 20], dtype=torch.int32)
@@ -222,6 +223,17 @@ def test_kv_quant_sparse_flash_attention_reads_rows_of_656_bytes() -> None:
     for row, expected, _, _ in attended(given, given["query"].double(), torch.cat((v, rope), -1), v):
         assert torch.allclose(out[row].double(), expected, atol=3e-2, rtol=2**-6)
     assert out.shape == (3, 4, 512)
+
+
+def test_the_quantised_attention_rounds_probabilities_to_query_s_dtype() -> None:
+    """Eleven equal keys: 11 times the float16 next to 1/11 is less than the float16 below 1 and half a step more."""
+    given = sample(KVQ)
+    given.update(query=torch.zeros(3, 4, 576).half(), sparse_mode=0)
+    given["sparse_indices"] = torch.arange(11, dtype=torch.int32).repeat(3, 1, 1)
+    rows = given["key"].view(-1, 656)
+    rows[:, :512], rows[:, 512:640] = 1, 0
+    rows[:, 640:] = torch.ones(len(rows), 4).view(torch.int8)
+    assert (npu.npu_kv_quant_sparse_flash_attention(**given) == 1 - 2**-11).all()
 
 
 def test_a_decode_step_of_glm5_is_fast_enough() -> None:
