@@ -201,7 +201,7 @@ def _plain(rules: Rules, call: Attention) -> None:
         return
     rules.need(call.layout != "TND_NTD", "TND_NTD is for D 512 with query_rope", call.layout)
     many = call.heads == call.key_heads
-    widths = (call.width, call.key.shape[-1], call.value.shape[-1])
+    widths: tuple[int, ...] = (call.width, call.key.shape[-1], call.value.shape[-1])
     if call.block_table is not None and call.key.dim() == 3:
         widths = (call.width, *(t.shape[-1] // call.key_heads for t in (call.key, call.value)))
     allowed = [(128, 128, 128), (192, 192, 128)]

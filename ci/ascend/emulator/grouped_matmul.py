@@ -144,10 +144,14 @@ def _call(rules: Rules, given: dict[str, Any], output_dtype: torch.dtype | None)
         rules.dims("x", tensor, 2, 6 if split == 0 else 2)
     for tensor in weight:
         rules.dims("weight", tensor, 2, 3)
-    for name, tensors in lists.items():
+    for name, held in lists.items():
         own = x if name == "per_token_scale" else weight
-        if tensors is not None:
-            rules.need(len(tensors) == len(own), f"{name} has {len(own)} tensors", tensors)
+        if held is None:
+            continue
+        rules.need(len(held) == len(own), f"{name} has {len(own)} tensors", held)
+        for tensor, matrix in zip(held, own, strict=True):
+            if name != "per_token_scale":  # a value for each column, of each group where the weight has 3 dims
+                rules.shape(name, tensor, *matrix.shape[:-2], matrix.shape[-1])
     _dtypes(rules, call)
     return call
 

@@ -218,6 +218,7 @@ def _dtypes(rules: Rules, given: dict[str, Any]) -> None:
         rules.contiguous(**{name: tensor})
         nz = name in ("weight_dq", "weight_uq_qr", "weight_dkv_kr")
         need_format(rules, name, tensor, FRACTAL_NZ if nz else ND)
+    rules.contiguous(**{name: given[name] for name in ("cache_index", "smooth_scales_cq")})
     smooth = given["smooth_scales_cq"]
     if not weight:
         rules.absent(why, smooth_scales_cq=smooth)

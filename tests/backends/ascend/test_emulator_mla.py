@@ -304,6 +304,8 @@ REFUSED: list[tuple[str, dict[str, Any] | Change, str]] = [
     (PROLOG, {"cache_index": torch.tensor([5, 40, 64])}, "within"),
     (PROLOG, {"cache_index": torch.tensor([5, 40, -1])}, "within"),
     (PROLOG, {"cache_index": torch.tensor([5, 40])}, "cache_index has shape"),
+    (PROLOG, {"cache_index": torch.tensor([5, 0, 40, 0, 17])[::2]}, "cache_index is contiguous"),
+    (PROLOG, lambda a: a.update(rope_sin=a["rope_sin"].T.contiguous().T), "rope_sin is contiguous"),
     (PROLOG, {"weight_quant_mode": 6}, "weight_quant_mode is one of"),
     (PROLOG, {"kv_cache_quant_mode": 1}, "is one of"),
     (PROLOG, {"query_quant_mode": 1}, "query_quant_mode is 0"),
