@@ -78,6 +78,19 @@ def test_dense_attention_of_a_request_without_tokens() -> None:
 @pytest.mark.parametrize(
     "axes",
     [
+        {"lens": ((1, 70), (2, 40), (2, 0), (3, 2), (1, 1))},
+        {"H": 64, "page": 64, "lens": ((1, 4096), (2, 2049))},
+        {"H": 64, "page": 128, "lens": ((1, 900), (1, 1), (1, 128))},
+    ],
+    ids=["ragged", "GLM-5 with drafts", "GLM-5"],
+)
+def test_dense_attention_of_several_requests(axes: dict[str, Any]) -> None:
+    passes("mla_decode", {**DENSE, **axes}, checks=QUICK, once=True, tags=EDGE)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
         pytest.param({"lens": ((1, 30), (1, 1), (1, 64))}, marks=EMPTY_REQUESTS),  # one token each: no mask
         {"lens": ((20, 130),)},
         {"lens": ((0, 9),)},
