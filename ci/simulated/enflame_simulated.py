@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 
+from simulated.identities import IDENTITIES
 from simulated.plugin import simulated
 
-glm5_backend = simulated("enflame")
+glm5_backend = simulated(IDENTITIES["enflame"])

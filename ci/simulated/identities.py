@@ -25,7 +25,7 @@ class Identity:
         backend: whose probe should take it; "" where glm5-hal has none.
         type: torch's type of device.
         name: the product's, as the driver gives it.
-        torch: torch.__version__.
+        torch: torch.__version__; "" where it is the one that is here.
         version: what torch.version has beside that: cuda, hip, musa.
         extension: the module that gives torch the type, where that is no build of torch.
         packages: versions of modules that are installed, by name; the extension among them.
@@ -39,7 +39,7 @@ class Identity:
     backend: str
     type: str
     name: str
-    torch: str
+    torch: str = ""
     version: Mapping[str, str] = field(default_factory=dict)
     extension: str = ""
     packages: Mapping[str, str] = field(default_factory=dict)

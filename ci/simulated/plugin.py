@@ -17,55 +17,56 @@ from importlib import import_module
 
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
 from glm5_hal.hookspecs import hookimpl
+from simulated.identities import Identity, Packages, extend, versions_of
 
-#: The kernels that can run on a stand-in.
+#: Kernels that are torch's own operations, and so can run on a stand-in.
 PROVIDERS = ("torch",)
 
 
-def simulated(key: str) -> Callable[[], Backend]:
-    """The hook of a plugin: the backend of an identity, called ``<backend>-simulated``."""
+def simulated(identity: Identity, module: str = "", providers: Sequence[str] = PROVIDERS) -> Callable[[], Backend]:
+    """The hook of a plugin: the backend in ``module``, called ``<backend>-simulated``, on a stand-in of its device.
+
+    Without a module it is the built-in backend of the identity's name.
+    """
 
     @hookimpl
     def glm5_backend() -> Backend:
-        from simulated.identities import IDENTITIES
-
-        identity = IDENTITIES[key]
-        real: Backend = import_module(f"glm5_hal.backends.{identity.backend}").glm5_backend()
+        real: Backend = import_module(module or f"glm5_hal.backends.{identity.backend}").glm5_backend()
 
         def probe() -> Device | Unavailable:
             import torch
 
-            if torch.cuda.is_available():
-                return Unavailable("a GPU is here, and a stand-in would hide it", "use a machine without one")
-            stand_in(key)
+            if torch.version.cuda is not None and not _made:
+                return Unavailable("this torch is built for CUDA, which a stand-in would hide", "install a CPU build")
+            stand_in(identity)
             found = real.probe()
             return replace(found, evidence="simulated") if isinstance(found, Device) else found
 
         def kernels() -> Sequence[Kernel]:
-            return [kernel for kernel in real.kernels() if kernel.provider in PROVIDERS]
+            return [kernel for kernel in real.kernels() if kernel.provider in providers]
 
         return replace(real, name=f"{real.name}-simulated", probe=probe, kernels=kernels, requires={}, tuning=None)
 
     return glm5_backend
 
 
-def stand_in(key: str) -> None:
+def stand_in(identity: Identity) -> None:
     """Let this process have the identity's device, once."""
     import torch
 
-    from simulated import device, identities, namespace
+    from simulated import device, namespace
 
-    if key in _made:
+    if identity in _made:
         return
-    identity = identities.IDENTITIES[key]
     made = device.install(identity.type)
     space = namespace.Namespace(made, identity.name, identity.properties, identity.capability)
     namespace.attach(space, identity.type)
-    torch.__version__, torch.version = identities.versions_of(identity)
-    sys.meta_path.insert(0, identities.Packages(identity.packages, lambda m: identities.extend(m, identity, space)))
+    if identity.torch:
+        torch.__version__, torch.version = versions_of(identity)
+    sys.meta_path.insert(0, Packages(identity.packages, lambda module: extend(module, identity, space)))
     for name in filter(None, (identity.extension, *identity.loaded)):
         import_module(name)
-    _made.append(key)
+    _made.append(identity)
 
 
-_made: list[str] = []
+_made: list[Identity] = []

@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true", help="with a step's plan")
     parser.add_argument("identity", nargs="?", default="musa", choices=IDENTITIES)
     asked = parser.parse_args()
-    stand_in(asked.identity)
+    stand_in(IDENTITIES[asked.identity])
     for op, seen in reads(IDENTITIES[asked.identity].type, asked.plan):
         print(op)
         for read, times in Counter(seen).items():

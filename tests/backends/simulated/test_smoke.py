@@ -91,6 +91,7 @@ import sys
 sys.path.append({folder!r})
 from dataclasses import replace
 from glm5_hal import hookimpl, kernel
+from simulated.identities import IDENTITIES
 from simulated.plugin import simulated
 
 @kernel("rms_norm", "torch", provides=("deterministic", "graph_safe"))
@@ -102,5 +103,5 @@ def rms_norm(x, weight, *, eps):
 
 @hookimpl
 def glm5_backend():
-    return replace(simulated("musa")(), name="hidden", kernels=lambda: [rms_norm])
+    return replace(simulated(IDENTITIES["musa"])(), name="hidden", kernels=lambda: [rms_norm])
 """
