@@ -16,7 +16,13 @@ sys.path.append(str(Path(__file__).parents[2] / "ci"))
 
 from simulated.identities import IDENTITIES, Identity, Packages, extend, versions_of
 
-__all__ = ["IDENTITIES", "Driver", "Identity", "machine"]
+__all__ = ["IDENTITIES", "QUESTIONS", "Driver", "Identity", "machine", "with_stand_ins"]
+
+#: For tests of stand-in devices.
+with_stand_ins = pytest.mark.skipif(
+    torch.version.cuda is not None or not hasattr(torch._C, "_acc"),
+    reason="a stand-in needs a torch without CUDA, of a version that lets Python be a device",
+)
 
 #: What a driver is asked through torch.<type>.
 QUESTIONS = ("is_available", "device_count", "get_device_name", "get_device_properties", "get_device_capability")

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from machines import with_stand_ins
 
 from glm5_hal.backends import _torch
 
@@ -16,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 #: Ops whose lists of lengths are none of a step's: where experts' rows end, where a prompt's keys do.
 WITHOUT_A_PLAN = {"grouped_gemm", "mla_prefill"}
+
+pytestmark = with_stand_ins
 
 
 @cache

@@ -12,16 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from machines import with_stand_ins
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXT = (ROOT / "docs/vendor-kit.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+) (\S+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.version.cuda is not None, reason="a stand-in needs a torch without CUDA"),
-]
+pytestmark = [pytest.mark.slow, with_stand_ins]
 
 
 class Reader:
