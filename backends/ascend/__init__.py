@@ -31,9 +31,9 @@ def kernels() -> Sequence[Kernel]:
 
 def aclnn() -> Sequence[Kernel]:
     """Kernels that call the vendor's ops. They can be listed anywhere: torch_npu is needed when one is called."""
-    from glm5_hal.backends.ascend import attention, caches, elementwise, indexer, moe, norms, prolog
+    from glm5_hal.backends.ascend import caches, dense, elementwise, indexer, moe, norms, prolog, sparse
 
-    return kernels_of(norms, elementwise, caches, indexer, attention, prolog, moe)
+    return kernels_of(norms, elementwise, caches, indexer, sparse, dense, prolog, moe)
 
 
 def prepare(op: str, weights: Mapping[str, Any]) -> Any:

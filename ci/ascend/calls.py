@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from glm5_hal import torchlib
 from glm5_hal.backend import Kernel
 from glm5_hal.backends import ascend
-from glm5_hal.backends.ascend import attention, needs, weights
+from glm5_hal.backends.ascend import dense, needs, weights
 from glm5_hal.conformance.inputs import Draw
 from glm5_hal.decision import Rejected
 from glm5_hal.metadata import signature_of
@@ -101,7 +101,7 @@ def _called(kernel: Kernel, sample: Sample, dtype: str, facts: Facts) -> Call:
         if rejected is not None:
             return Call(*where, "refused", f"{rejected.code}: {rejected.detail}")
         # Lengths are known to the host where a step has a plan; here they are what the sample has.
-        with patch.object(attention, "host_list", lambda tensor: read[id(tensor)]):
+        with patch.object(dense, "host_list", lambda tensor: read[id(tensor)]):
             try:
                 got = kernel.fn(**args)
             except Exception as problem:  # noqa: BLE001 - whatever the vendor's side says is the finding

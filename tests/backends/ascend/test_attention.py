@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from glm5_hal import StepPlan
+from glm5_hal.backends.ascend import dense
+from glm5_hal.ops import specs
 
 from .emulation import (
     DENSE,
@@ -183,6 +185,37 @@ def test_what_the_op_gives_for_a_token_without_a_key_does_not_matter(op: str, mo
     assert lse[~blind].isfinite().all()
 
 
+@pytest.mark.parametrize("op", ["sparse_mla", "mla_decode", "mla_prefill"])
+def test_scores_of_minus_infinity_are_not_taken_for_no_key(op: str) -> None:
+    """Their exponentials add up to nothing; no document says what the op makes of that."""
+    widths = {"sparse_mla": SPARSE, "mla_decode": DENSE, "mla_prefill": HEADS}[op]
+    args = call(op, {**widths, "lens": ((1, 1), (2, 9), (1, 5))})
+    key = args["k"][0, 1] if op == "mla_prefill" else args["kv_cache"][args["block_table"][0, 0], 0]
+    args["q"][0, 1, 0] = -torch.inf * key[0].sign()
+    out, lse = adapter(op)(**args)
+    assert out[0, 1].isnan().all()
+    assert not lse[0, 1].isfinite()
+    assert out[1:].isfinite().all()
+    assert lse[1:].isfinite().all()
+
+
+def test_requests_may_share_pages() -> None:
+    """Then a cache has fewer pages than their lengths ask for, which the op does not take in one call."""
+    args = call("mla_decode", {**DENSE, "lens": ((1, 40), (2, 40), (1, 40), (3, 40))})
+    args["block_table"][1:] = args["block_table"][0]
+    pages = args["block_table"][0, :3].unique().long()
+    for name in ("kv_cache", "rope_cache"):
+        args[name] = args[name][pages].repeat(2, 1, 1)[:5].contiguous()
+    args["block_table"][:] = torch.searchsorted(pages, args["block_table"].long().clamp_max(int(pages[-1]))).int()
+    out, lse = adapter("mla_decode")(**args)
+    right, exact = specs()["mla_decode"].reference(**args)
+    torch.testing.assert_close(out, right, rtol=0.03, atol=0.03)
+    torch.testing.assert_close(lse, exact, rtol=1e-4, atol=1e-4)
+    assert dense._shares([40, 40, 40, 40], 5, 16) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert dense._shares([40, 0, 40, 9], 6, 16) == [(0, 3), (3, 4)]
+    assert dense._shares([], 6, 16) == [(0, 0)]
+
+
 def test_lengths_come_from_the_steps_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then nothing is read from the device."""
     args = call("mla_decode", {**DENSE, "lens": ((1, 30), (2, 40))})
@@ -194,9 +227,7 @@ def test_lengths_come_from_the_steps_plan(monkeypatch: pytest.MonkeyPatch) -> No
 
     for name in ("tolist", "item", "__bool__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, synced)
-    from glm5_hal.backends.ascend import attention
-
-    monkeypatch.setattr(attention.torch.ops.npu, "npu_fused_infer_attention_score_v2", lambda *a, **k: wanted_of(k))
+    monkeypatch.setattr(torch.ops.npu, "npu_fused_infer_attention_score_v2", lambda *a, **k: wanted_of(k))
 
     def wanted_of(keywords: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         assert keywords["actual_seq_qlen"] == [1, 3]
@@ -204,6 +235,6 @@ def test_lengths_come_from_the_steps_plan(monkeypatch: pytest.MonkeyPatch) -> No
         return wanted[0], wanted[1][..., None]
 
     with plan.active():
-        out, lse = attention.mla_decode.fn(**args)
+        out, lse = dense.mla_decode.fn(**args)
     assert out is wanted[0]
     assert lse.shape == (3, 4)

@@ -135,7 +135,7 @@ ATTENTION = (
           made("weights", lambda w: w.bfloat16().float() * 0 + w.bfloat16().float().abs())),
     Wrong("another layout of keys", "lightning_indexer", INDEX, CHOOSE, put(layout_key="BSND")),
     Wrong("indices in the way they come", "sparse_mla", HOLES, parts={
-        "attention.valid_first": lambda indices: indices}),
+        "sparse.valid_first": lambda indices: indices}),
     Wrong("the scale missing", "sparse_mla", CHOSEN, ATTEND, put(scale_value=1.0)),
     Wrong("a logarithm to base 2", "sparse_mla", CHOSEN, ATTEND,
           results=lambda made: (made[0], made[1], made[2].log2().exp())),
