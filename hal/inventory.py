@@ -1,5 +1,5 @@
-"""What is installed, as data: ops, backends, cache formats. Only built-in backends are probed, and outside plugins are
-loaded in a process of their own."""
+"""What is installed, as data: ops, backends, cache formats. Only built-in backends are probed, in a process of their
+own, and each outside plugin is loaded in another."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from glm5_hal import context, plugins
-from glm5_hal.errors import HalError
 from glm5_hal.formats import FORMATS
 from glm5_hal.ops import specs
 
@@ -17,28 +16,22 @@ if TYPE_CHECKING:
 
 def inventory() -> dict[str, Any]:
     """Everything that `glm5-hal list` shows. A backend's providers are known once its device is there."""
-    catalogue = context.catalogue()
-    backends = []
-    for record in (c.record for c in plugins.check_up_all(catalogue.found, plugins.LOAD_DEADLINE, "load")):
-        status, reason, fix, providers = record.status, record.reason, record.fix, None
-        if record.builtin and record.status == "ok":
-            try:
-                providers = catalogue.providers(record.name)
-            except HalError as problem:
-                status, reason, fix = "broken", problem.what, problem.fix
-        backends.append(
-            {
-                "name": record.name,
-                "status": status,
-                "reason": reason,
-                "fix": fix,
-                "device_type": record.device_type,
-                "providers": [p for p in providers or () if p != "composite"],
-                "dist": record.dist,
-                "version": record.version,
-                "builtin": record.builtin,
-            }
-        )
+    loaded = plugins.check_up_all(context.catalogue().found, plugins.LOAD_DEADLINE, "load")
+    records, offered = plugins.survey([checkup.record for checkup in loaded])
+    backends = [
+        {
+            "name": record.name,
+            "status": record.status,
+            "reason": record.reason,
+            "fix": record.fix,
+            "device_type": record.device_type,
+            "providers": [p for p in names or () if p != "composite"],
+            "dist": record.dist,
+            "version": record.version,
+            "builtin": record.builtin,
+        }
+        for record, names in zip(records, offered, strict=True)
+    ]
     return {
         "ops": [
             {

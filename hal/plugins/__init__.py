@@ -11,6 +11,7 @@ from glm5_hal.plugins.kernels import load_kernels
 from glm5_hal.plugins.loading import LOAD_DEADLINE, load
 from glm5_hal.plugins.probing import PROBE_DEADLINE, probe
 from glm5_hal.plugins.record import CODES, PluginRecord
+from glm5_hal.plugins.survey import survey
 from glm5_hal.plugins.vetting import check_up_all, vetted
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "order",
     "probe",
     "settle",
+    "survey",
     "vetted",
 ]

@@ -202,7 +202,7 @@ def _end_of(child: subprocess.Popen[bytes], heard: bytes, record: PluginRecord, 
         return f"did not answer within {limit:g} s{where}"
     status = child.returncode
     if status is not None and status < 0:
-        return f"died with {_signal(-status)}{where or words}"
+        return f"died with {signal_name(-status)}{where or words}"
     return f"ended its process with status {status} and without an answer{where or words}"
 
 
@@ -214,7 +214,7 @@ def _last_seen(text: str, record: PluginRecord) -> tuple[str, str]:
     return f", at {own[0][0]}:{own[0][1]}" if own else "", f"; its last words: {lines[-1][:200]}" if lines else ""
 
 
-def _signal(number: int) -> str:
+def signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -251,7 +251,6 @@ def test_doctor_survives_them_and_says_whose_they_are(deadly: dict[str, str]) ->
     assert done.returncode == 1
 
 
-@pytest.mark.xfail(strict=True, reason="list probes built-in backends in its own process")
 def test_list_survives_one_that_crashes(deadly: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "torch_mlu.py").write_text("raise ImportError('libcndrv.so')")  # a hang would take its 20 seconds
     (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so')")

@@ -19,7 +19,7 @@ from glm5_hal.backend import Kernel, Unavailable
 from glm5_hal.errors import CODES, HalError
 from glm5_hal.inventory import inventory
 from glm5_hal.ops import specs
-from glm5_hal.plugins import child
+from glm5_hal.plugins import PluginRecord, child
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,33 @@ def test_list_shows_every_op_backend_and_format(run: Any) -> None:
     assert {op["name"] for op in inventory()["ops"]} == set(specs())
 
 
-def test_list_survives_a_built_in_backend_that_cannot_offer_its_kernels(run: Any) -> None:
-    def kernels() -> Any:
-        raise RuntimeError("no compiler")
-
-    with installed(stand_in("acme", kernels, builtin=True)):
-        (found,) = run("list", "--json").data["backends"]
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [("raise RuntimeError('no compiler')", "no compiler"), ("os.abort()", "the probe died with SIGABRT")],
+)
+def test_list_survives_built_in_backends_that_cannot_offer_their_kernels(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, reason: str
+) -> None:
+    source = """
+import os
+from glm5_hal import Backend, Device, hookimpl
+def kernels(): {}
+@hookimpl
+def glm5_backend(): return Backend({!r}, "cpu", probe=lambda: Device("cpu", "a CPU", ""), kernels=kernels)
+"""
+    records = []
+    for name, does in {"first": broken, "second": "return ()"}.items():
+        (tmp_path / f"{name}_of_ours.py").write_text(source.format(does, name))
+        records.append(PluginRecord(name, f"{name}_of_ours", "glm5-hal", "0", builtin=True))
+    monkeypatch.syspath_prepend(tmp_path)
+    with installed(*records):
+        found = {backend["name"]: backend for backend in run("list", "--json").data["backends"]}
         shown = run("list").out
-    assert (found["status"], found["providers"]) == ("broken", [])
-    assert "no compiler" in found["reason"]
-    assert f"fix: {found['fix']}" in shown
-    assert "no compiler" in shown
+    assert (found["first"]["status"], found["first"]["providers"]) == ("broken", [])
+    assert (found["second"]["status"], found["second"]["reason"]) == ("ok", "")
+    assert reason in found["first"]["reason"]
+    assert f"fix: {found['first']['fix']}" in shown
+    assert reason in shown
 
 
 def test_list_probes_no_outside_plugin(run: Any) -> None:
