@@ -5,6 +5,7 @@
     python3 ci/run.py interpret      every Triton kernel through the suite, in Triton's interpreter
     python3 ci/run.py triton-compile every Triton kernel compiled for chips that are not here, within its budgets
     python3 ci/run.py triton-ascend  every Triton kernel lowered by Ascend's front end
+    python3 ci/run.py ascend         Ascend's adapters: the vendor's own torch_npu, then the suite over emulated ops
     python3 ci/run.py lint           ruff, mypy, and the lint of the Triton kernels
     python3 ci/run.py test           lint, docs freshness and all tests: what CI runs
 
@@ -32,6 +33,9 @@ SUITE = "conformance run --backend cpu --level standard --out conformance-out"
 INTERPRETED = (
     "conformance run --plugin ci/triton_interpreter.py --level smoke --workers 2 --timeout 600 --out conformance-triton"
 )
+EMULATED = (
+    "conformance run --plugin ci/ascend/emulated.py --backend ascend-emulated --level standard --out conformance-ascend"
+)
 LINT = [
     [PYTHON, "-m", "ruff", "check", "."],
     [PYTHON, "-m", "ruff", "format", "--check", "."],
@@ -44,6 +48,7 @@ JOBS = {
     "interpret": [[str(BIN / "glm5-hal"), *INTERPRETED.split()]],
     "triton-compile": [[PYTHON, "ci/triton_compile.py"]],
     "triton-ascend": [[PYTHON, "ci/triton_ascend.py"]],
+    "ascend": [[PYTHON, "ci/ascend/contract.py"], [str(BIN / "glm5-hal"), *EMULATED.split()]],
     "lint": LINT,
     # pytest comes last: its closing line is the run's.
     "test": [*LINT, [PYTHON, "ci/docs.py", "--check"], [PYTHON, "ci/waivers.py"], [PYTHON, "-m", "pytest"]],
