@@ -44,7 +44,12 @@ PAGE = 128
             "use the parts: leave the weights plain",
             reads=(("E", "value"), ("Q", "value"), ("K", "value")),
         ),
-        one_of("weight_format", NZ),
+        when(
+            lambda call: call.scalars["weight_format"] == NZ,
+            f"the projections are in FRACTAL_NZ, weight_format {NZ!r}",
+            "prepare them, once: glm5_hal.prepare('mla_prolog', weights, backend='ascend')",
+            reads=(("weight_format", "value"),),
+        ),
     ),
     provides=("graph_safe",),
 )

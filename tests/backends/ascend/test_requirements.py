@@ -77,7 +77,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("lightning_indexer", {**INDEXER, "D": 256, "X": 256}, "D must be one of 128", "D=128"),
     ("lightning_indexer", {**INDEXER, "H": 96}, "H must be <= 64", "H=64"),
     ("lightning_indexer", {**INDEXER, "top_k": 2500}, "top_k is 2048 at most, or one of 3072", "top_k=2048"),
-    ("mla_prolog", {**PROLOG, "weight_format": "plain"}, "weight_format must be one of 'ascend_nz'", "ascend_nz"),
+    ("mla_prolog", {**PROLOG, "weight_format": "plain"}, "weight_format 'ascend_nz'", "glm5_hal.prepare('mla_prolog'"),
     ("mla_prolog", {**PROLOG, "E": 5000}, "documented", "leave the weights plain"),
     ("mla_prolog", {**PROLOG, "layout": "half"}, "layout must be one of 'interleaved'", "interleaved"),
     ("mla_prolog", {**PROLOG, "dtype": "float16"}, "x is float16", "convert x to bfloat16"),
