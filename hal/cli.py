@@ -156,7 +156,7 @@ def explain(
     op: Annotated[str, typer.Argument(help="An op of `glm5-hal list`.")],
     settings: Annotated[
         list[str] | None,
-        typer.Argument(help="Axes and scalars of the call: top_k=4096 T=64 dtype=bfloat16 device=cuda"),
+        typer.Argument(help="Axes and scalars of the call: top_k=4096 T=64 dtype=bfloat16 device=cuda arch=sm_90"),
     ] = None,
     backend: Annotated[str | None, typer.Option(help="A policy, as in GLM5_BACKEND.")] = None,
     require: Annotated[list[str] | None, typer.Option(help="An attribute that the kernel must claim.")] = None,
@@ -164,7 +164,8 @@ def explain(
 ) -> None:
     """Say which kernel would serve a call, and why each candidate is or is not taken.
 
-    What is not given comes from the op's first sample. Exit code 1 if no kernel takes the call.
+    What is not given comes from the op's first sample. With arch=, the kernels answer as on such a device, which need
+    not be there. Exit code 1 if no kernel takes the call.
     """
     from glm5_hal.context import catalogue, use
     from glm5_hal.explanation import explain as ask

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from glm5_hal import context
 from glm5_hal.errors import HalError, suggest
 from glm5_hal.metadata import bind_axes, shape_of, signature_of
-from glm5_hal.resolve import Resolution, Step, left_out, resolve
+from glm5_hal.policy import Target
+from glm5_hal.resolve import Catalogue, Resolution, Step, left_out, resolve
 from glm5_hal.signature import Signature, TensorMeta
 from glm5_hal.spec import OpSpec, declared
+from glm5_hal.supposing import Supposed
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was asked, under which policy, and what each candidate said. ``str()`` is the table."""
+    """What was asked, under which policy, and what each candidate said. ``str()`` is the table.
+
+    ``supposed``: the architecture of the devices that the answers suppose; "" where they are those that are there.
+    """
 
     call: Signature
     policy: str
     provenance: str
     resolution: Resolution
     left_out: tuple[Step, ...] = ()
+    supposed: str = ""
 
     @property
     def ok(self) -> bool:
@@ -33,6 +39,7 @@ class Explanation:
         return {
             "op": self.call.op,
             "policy": {"text": self.policy, "provenance": self.provenance},
+            "supposed": self.supposed or None,
             "tensors": {n: {"dtype": m.dtype, "shape": list(m.shape)} for n, m in self.call.tensors.items() if m},
             "scalars": dict(self.call.scalars),
             "chosen": chosen.name if chosen else None,
@@ -44,6 +51,8 @@ class Explanation:
         tensors = ", ".join(f"{n} {m.dtype}{list(m.shape)}" for n, m in self.call.tensors.items() if m)
         scalars = ", ".join(f"{n}={v}" for n, v in self.call.scalars.items())
         lines = [f"{self.call.op}({tensors}; {scalars})", f"policy: {self.policy} ({self.provenance})"]
+        if self.supposed:
+            lines.append(f"supposed: a device of architecture {self.supposed}, with every feature; none was asked")
         chosen = self.resolution.chosen
         for step in self.resolution.trace:
             mark = "*" if chosen and step.candidate == chosen.name else " "
@@ -53,6 +62,8 @@ class Explanation:
             lines.append("no kernel takes this call; nothing was tried, nothing was copied")
             if not self.resolution.trace:
                 lines.append("no backend is installed for this device: `glm5-hal doctor` lists what is there")
+            if "UNAVAILABLE" in {getattr(step.decision, "code", "") for step in self.resolution.trace}:
+                lines.append("add arch=, the name of an architecture, to hear what kernels would say on such a device")
         return "\n".join(lines)
 
 
@@ -63,23 +74,36 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         op: the op's name.
         args, kwargs: the call itself, with tensors; or no tensors, and then any of the op's scalars and axes by name
             (``explain("topk_indices", top_k=4096, T=64, S=131072)``), ``dtype`` and ``device``. What is left out
-            comes from the op's first sample (of those with the given ``cache_format`` or other named choice).
+            comes from the op's first sample (of those with the given ``cache_format`` or other named choice), the
+            device from the first backend that the policy names. With ``arch`` the devices need not be there: the
+            kernels answer as on one of that architecture which has every feature.
 
     Raises:
         HalError: UNKNOWN for an op or a name that it does not have; what the op itself would raise for bad metadata.
     """
-    spec = declared(op)
+    spec, arch = declared(op), ""
+    policy, require, _ = context.effective()
+    targets = policy.targets(op)
+    catalogue: Catalogue = context.catalogue()
     if args or any(name in spec.tensors for name in kwargs):
         from glm5_hal.dispatch import op_named
 
         call = op_named(op).describe(*args, **kwargs)
     else:
-        call = described(spec, kwargs)
-    policy, require, _ = context.effective()
-    targets, catalogue = policy.targets(op), context.catalogue()
+        changes = {"device": _device_of(targets, catalogue), **kwargs}
+        arch = str(changes.pop("arch", ""))
+        call = described(spec, changes)
+    if arch:
+        catalogue = Supposed(context.catalogue(), arch)
     found = resolve(spec, call, catalogue, targets, require, exhaustive=True)
     others = tuple(left_out(spec, call, catalogue, targets, outside=True))
-    return Explanation(call, policy.text, policy.provenance, found, others)
+    return Explanation(call, policy.text, policy.provenance, found, others, arch)
+
+
+def _device_of(targets: Sequence[Target], catalogue: Catalogue) -> str:
+    """Where the tensors are of whoever names these backends; on the CPU where none is named."""
+    entries = (entry for target in targets if target.backend != "auto" for entry in catalogue.named(target.backend))
+    return next((entry.backend.device_type for entry in entries if entry.backend is not None), "cpu")
 
 
 def described(spec: OpSpec, changes: Mapping[str, Any]) -> Signature:
@@ -96,7 +120,7 @@ def described(spec: OpSpec, changes: Mapping[str, Any]) -> Signature:
     settable = {**{k: v for k, v in axes.items() if k != "..."}, **scalars}
     for name, value in changes.items():
         if name not in settable:
-            known = [*settable, "dtype", "device"]
+            known = [*settable, "dtype", "device", "arch"]
             raise HalError(
                 "UNKNOWN", f"{spec.name} has no axis or scalar {name!r}", value=name, fix=suggest(name, known)
             )

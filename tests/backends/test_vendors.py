@@ -16,11 +16,12 @@ import pytest
 import torch
 from toys import installed
 
-from glm5_hal import explain, formats
+from glm5_hal import explain, formats, use
 from glm5_hal.backend import Device, Unavailable, kernels_of
 from glm5_hal.backends._triton.tuning import UNTUNED, tuning
 from glm5_hal.backends._triton.tuning import _read as read
 from glm5_hal.catalogue import Catalogue
+from glm5_hal.decision import Rejected
 from glm5_hal.ops import specs
 from glm5_hal.plugins import PluginRecord, load
 
@@ -229,3 +230,27 @@ def test_an_extension_without_a_device_is_broken_and_names_what_may_hide_it(exte
     assert smi in found.fix
     assert hides in found.fix
     assert found.fault
+
+
+#: An architecture of each, as its probe names it.
+ARCHS = {
+    "ascend": "A3", "musa": "mp_31", "hygon": "gfx938", "cambricon": "mlu590", "kunlunxin": "xpu", "metax": "c500",
+    "enflame": "s60",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", specs())
+@pytest.mark.parametrize("name", ARCHS)
+def test_every_op_is_explained_where_the_device_is_not(name: str, op: str) -> None:
+    with installed(record(name)), use(name):
+        absent, there = explain(op), explain(op, arch=ARCHS[name])
+    (step,) = absent.resolution.trace
+    assert isinstance(step.decision, Rejected)
+    assert step.decision.code == "UNAVAILABLE"
+    assert step.decision.fix
+    assert there.ok, str(there)
+    for step in there.resolution.trace:
+        if isinstance(step.decision, Rejected):
+            assert step.decision.code != "CONTRACT", str(there)
+            assert step.decision.detail
+            assert step.decision.fix

@@ -13,8 +13,8 @@ from toys import first_sample, installed, raised, stand_in
 
 import glm5_hal
 from glm5_hal import explain
-from glm5_hal.backend import Kernel
-from glm5_hal.capability import Rejected, limit
+from glm5_hal.backend import Kernel, Unavailable
+from glm5_hal.capability import Rejected, arch, feature, limit
 from glm5_hal.errors import HalError
 from glm5_hal.explanation import Explanation, described
 from glm5_hal.metadata import axis_names
@@ -108,7 +108,7 @@ def test_a_call_with_tensors() -> None:
 
 def test_the_policy_in_force_is_explained() -> None:
     with acme(), glm5_hal.use("quux,acme:native", require="deterministic"):
-        found = explain("topk_indices")
+        found = explain("topk_indices", device="cpu")
     assert not found.ok
     assert [(s.candidate, s.decision.code) for s in found.resolution.trace if isinstance(s.decision, Rejected)] == [
         ("quux", "DEVICE"),
@@ -125,6 +125,32 @@ def test_a_device_without_a_backend_points_to_the_doctor() -> None:
         assert not found.ok
         assert "`glm5-hal doctor`" in str(found)
         assert explain("topk_indices", device="quux:3").resolution.chosen is not None
+
+
+def test_tensors_are_described_where_the_named_backend_computes() -> None:
+    with acme(), glm5_hal.use("quux,acme"):
+        found = explain("topk_indices")
+    assert found.call.tensors["scores"].device == "quux"  # type: ignore[union-attr]
+    assert found.resolution.chosen is not None
+    assert found.resolution.chosen.name == "quux:native"
+
+
+def test_a_device_that_is_not_there_may_be_supposed() -> None:
+    def probe() -> Any:
+        return Unavailable("no such device", "buy one")
+
+    needs = (arch("q2"), feature("fast", "buy a better one"), limit("top_k", 2048))
+    kernels = [Kernel("topk_indices", "native", TOPK.reference, needs)]
+    with installed(stand_in("quux", kernels, device_type="quux", probe=probe)), glm5_hal.use("quux"):
+        absent, other = explain("topk_indices"), explain("topk_indices", arch="q1")
+        large, fits = explain("topk_indices", arch="q2", top_k=4096), explain("topk_indices", arch="q2")
+    assert [step.decision.code for step in absent.resolution.trace] == ["UNAVAILABLE"]  # type: ignore[union-attr]
+    assert "add arch=" in str(absent)
+    assert [step.decision.code for step in other.resolution.trace] == ["ARCH"]  # type: ignore[union-attr]
+    assert [step.decision.code for step in large.resolution.trace] == ["LIMIT"]  # type: ignore[union-attr]
+    assert fits.ok
+    assert "supposed: a device of architecture q2" in str(fits)
+    assert (fits.as_dict()["supposed"], absent.as_dict()["supposed"]) == ("q2", None)
 
 
 def test_a_plugin_that_breaks_when_it_is_asked_is_one_line_of_the_answer() -> None:
@@ -154,7 +180,7 @@ def test_as_data_it_is_json() -> None:
     ("changes", "code", "words"),
     [
         ({"topk": 3}, "UNKNOWN", "did you mean 'top_k'?"),
-        ({"Q": 3}, "UNKNOWN", "known: S, T, device, dtype, top_k"),
+        ({"Q": 3}, "UNKNOWN", "known: S, T, arch, device, dtype, top_k"),
         ({"T": -1}, "SHAPE", "axis T is -1"),
         ({"T": "many"}, "SHAPE", "axis T is 'many'"),
         ({"T": 2.5}, "SHAPE", "axis T is 2.5"),
