@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,20 @@ class StandIn:
             note("size", op, args[0])
         return self._compute(op, args, kwargs, index)
 
+    def hosted(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of a library that takes tensors of the device, made of one that computes on the CPU. As the
+        library would, it takes no tensors of the host."""
+
+        @wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = _tensors((args, tuple(kwargs.values())))
+            for t in given:
+                if t.device.type != self.type:
+                    raise RuntimeError(f"{fn.__name__} was given {t.dtype} {list(t.shape)} of {t.device}, at {site()}")
+            return self._run(fn, args, kwargs, next((t.device.index or 0 for t in given), self.current))
+
+        return call
+
     def empty(self, size: Sequence[int], *, dtype: Any = None, device: Any = None, **kwargs: Any) -> Tensor:
         """`torch.empty`."""
         return self._made(torch.empty(size, dtype=dtype, device="meta"), device)
@@ -82,6 +96,9 @@ class StandIn:
         return into
 
     def _compute(self, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], index: int) -> Any:
+        return self._run(ACCELERATED.get(op, op), _with_tensors(op, args), kwargs, index)
+
+    def _run(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], index: int) -> Any:
         """On the CPU, in the same memory; what is new comes into memory of the device's."""
         mine: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -97,8 +114,7 @@ class StandIn:
                 return value
             return mine[id(value)][1] if id(value) in mine else moved(value, self.type, index)
 
-        hosts, named = _each(seen, _with_tensors(op, args)), {k: _each(seen, v) for k, v in kwargs.items()}
-        fn = ACCELERATED.get(op, op)
+        hosts, named = _each(seen, args), {k: _each(seen, v) for k, v in kwargs.items()}
         out = fn(*hosts, **named)
         for host, given in mine.values():
             if host.shape != given.shape:  # an empty tensor, given for a result

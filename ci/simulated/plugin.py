@@ -14,10 +14,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+from simulated.identities import Identity, Packages, extend, versions_of
 
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
 from glm5_hal.hookspecs import hookimpl
-from simulated.identities import Identity, Packages, extend, versions_of
+
+if TYPE_CHECKING:
+    from simulated.device import StandIn
 
 #: Kernels that are torch's own operations, and so can run on a stand-in.
 PROVIDERS = ("torch",)
@@ -50,14 +55,15 @@ def simulated(identity: Identity, module: str = "", providers: Sequence[str] = P
     return glm5_backend
 
 
-def stand_in(identity: Identity) -> None:
+def stand_in(identity: Identity) -> StandIn:
     """Let this process have the identity's device, once."""
     import torch
 
     from simulated import device, namespace
 
-    if identity in _made:
-        return
+    for known, made in _made:
+        if known == identity:
+            return made
     made = device.install(identity.type)
     space = namespace.Namespace(made, identity.name, identity.properties, identity.capability)
     namespace.attach(space, identity.type)
@@ -66,7 +72,8 @@ def stand_in(identity: Identity) -> None:
     sys.meta_path.insert(0, Packages(identity.packages, lambda module: extend(module, identity, space)))
     for name in filter(None, (identity.extension, *identity.loaded)):
         import_module(name)
-    _made.append(identity)
+    _made.append((identity, made))
+    return made
 
 
-_made: list[Identity] = []
+_made: list[tuple[Identity, StandIn]] = []

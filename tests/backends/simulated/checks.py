@@ -22,6 +22,7 @@ from simulated.namespace import Namespace, attach
 from simulated.watching import HiddenReadError, watched
 
 TYPE = sys.argv[1]
+DEVICE = install(TYPE)
 
 
 def numbers(*size: int) -> torch.Tensor:
@@ -168,6 +169,24 @@ def another_thread_is_not_watched() -> None:
     assert not seen
 
 
+# --- a library for the device ----------------------------------------------------------------------------------------
+
+
+def a_library_computes_in_the_devices_memory_and_takes_nothing_of_the_host() -> None:
+    def scaled_into(out: torch.Tensor, x: torch.Tensor, by: float) -> torch.Tensor:
+        assert x.device.type == out.device.type == "cpu"
+        out.copy_(x * by)
+        return x.sum()
+
+    call, x = DEVICE.hosted(scaled_into), numbers(3).to(TYPE)
+    out = torch.zeros(3, device=TYPE)
+    with watched(strict=True):
+        total = call(out, x, by=2.0)
+    assert out.tolist() == [2, 4, 6]
+    assert (total.device.type, total.item()) == (TYPE, 6)
+    assert "scaled_into was given torch.float32 [3] of cpu" in refused(lambda: call(torch.zeros(3), x, 2.0))
+
+
 # --- torch.<type> ----------------------------------------------------------------------------------------------------
 
 
@@ -208,8 +227,7 @@ def a_graph_takes_nothing_from_the_host_and_gives_nothing_to_it() -> None:
 
 
 def main() -> None:
-    device = install(TYPE)
-    attach(Namespace(device, "a stand-in", {"gcnArchName": "gfx0"}, (3, 1)), TYPE)
+    attach(Namespace(DEVICE, "a stand-in", {"gcnArchName": "gfx0"}, (3, 1)), TYPE)
     said: dict[str, str] = {}
     for name, check in list(globals().items()):
         if callable(check) and getattr(check, "__module__", "") == "__main__" and not check.__code__.co_argcount:
