@@ -16,10 +16,9 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from simulated.identities import Identity, Packages, extend, versions_of
-
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
 from glm5_hal.hookspecs import hookimpl
+from simulated.identities import Identity, Packages, extend, versions_of
 
 if TYPE_CHECKING:
     from simulated.device import StandIn
