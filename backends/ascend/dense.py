@@ -20,7 +20,7 @@ from torch import Tensor
 
 from glm5_hal.backend import kernel
 from glm5_hal.backends._libraries.physical import requests_of, visible
-from glm5_hal.backends.ascend.needs import A2_A3, ABSORBED, APART, HALVES, LATENT, floats, has, pages
+from glm5_hal.backends.ascend.needs import A2_A3, ABSORBED, APART, HALVES, LATENT, PAGES, floats, has
 from glm5_hal.backends.ascend.results import no_keys, ours
 from glm5_hal.capability import contiguous, limit, one_of, when
 from glm5_hal.plan import host_list, schedule
@@ -39,7 +39,7 @@ REQUESTS, MASK = 4096, 2048
         one_of("cache_format", *APART),
         *floats("q", "kv_cache", allowed=HALVES),
         *ABSORBED,
-        pages(),
+        PAGES,
         limit("B", REQUESTS),
         contiguous("kv_cache"),
         contiguous("rope_cache"),

@@ -19,7 +19,7 @@ from torch import Tensor
 from glm5_hal.backend import kernel
 from glm5_hal.backends._libraries.physical import requests_of, visible
 from glm5_hal.backends.ascend.indices import valid_first
-from glm5_hal.backends.ascend.needs import A2_A3, HALVES, floats, has, pages
+from glm5_hal.backends.ascend.needs import A2_A3, HALVES, PAGES, floats, has
 from glm5_hal.capability import contiguous, dtype, limit, one_of, when
 from glm5_hal.signature import Signature
 
@@ -42,7 +42,7 @@ def _counted(call: Signature) -> bool:
         dtype("weights", "float32"),
         one_of("D", 128),
         limit("H", 64),
-        pages(),
+        PAGES,
         contiguous("index_cache"),
         when(
             _counted,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from glm5_hal.backend import kernel
 from glm5_hal.backends.ascend.elementwise import swiglu
-from glm5_hal.backends.ascend.needs import A2_A3, FLOATS, floats, has
+from glm5_hal.backends.ascend.needs import A2_A3, floats, has
 from glm5_hal.capability import at_least, contiguous, dtype, when
 from glm5_hal.capability import limit as at_most
 from glm5_hal.signature import Signature
@@ -207,7 +207,7 @@ def _combined(rows: Tensor, weights: Tensor, inverse: Tensor, shared: Tensor | N
     requires=(
         A2_A3,
         *has("npu_moe_init_routing_v2", "npu_grouped_matmul", "npu_swiglu", "npu_moe_finalize_routing"),
-        *floats("x", allowed=FLOATS),
+        *floats("x"),
         dtype("topk_weights", "float32"),
         at_most("E", GROUPS),
         at_most("D", INNER - 1),

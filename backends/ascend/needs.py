@@ -60,20 +60,13 @@ def floats(*args: str, allowed: tuple[str, ...] = FLOATS) -> tuple[Requirement, 
     return tuple(dtype(arg, *allowed) for arg in args)
 
 
-def pages(name: str = "P") -> Requirement:
-    """Of every op that resolves a block table itself."""
+#: Of every op that resolves a block table itself.
+PAGES = when(
+    lambda call: call.axes["P"] % 16 == 0 and call.axes["P"] <= 1024,
+    "a page holds a multiple of 16 keys, 1024 at most",
+    "allocate the cache with a page_size of 128",
+    reads=(("P", "value"),),
+)
 
-    def fits(call: object) -> bool:
-        size = call.axes[name]  # type: ignore[attr-defined]
-        return bool(size % 16 == 0 and size <= 1024)
-
-    return when(
-        fits,
-        "a page holds a multiple of 16 keys, 1024 at most",
-        "allocate the cache with a page_size of 128",
-        reads=((name, "value"),),
-    )
-
-
-#: Queries and caches of absorbed attention, and of what fills its caches.
+#: The widths of absorbed attention.
 ABSORBED = (one_of("kv_lora_rank", LATENT), one_of("W", LATENT + ROPE), one_of("H", *HEADS))

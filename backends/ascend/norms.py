@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal.backend import kernel
-from glm5_hal.backends.ascend.needs import A2, A2_A3, A3, A5, FLOATS, floats, has
+from glm5_hal.backends.ascend.needs import A2, A2_A3, A3, A5, floats, has
 from glm5_hal.capability import arch, when
 from glm5_hal.signature import Signature
 
@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     requires=(
         arch(A2, A3, A5),
         *has("npu_add_rms_norm"),
-        *floats("x", "weight", allowed=FLOATS),
+        *floats("x", "weight"),
         when(
             _one_dtype,
             "weight has the dtype of x: this op has no float32 gain beside narrower activations",
