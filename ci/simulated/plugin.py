@@ -40,6 +40,9 @@ def simulated(identity: Identity, module: str = "", providers: Sequence[str] = P
         def probe() -> Device | Unavailable:
             import torch
 
+            for other, _ in _made:
+                if other != identity:
+                    return Unavailable(f"this process stands in for {other.name}", "start a process for each device")
             if torch.version.cuda is not None and not _made:
                 return Unavailable("this torch is built for CUDA, which a stand-in would hide", "install a CPU build")
             stand_in(identity)

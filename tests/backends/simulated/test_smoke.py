@@ -86,6 +86,24 @@ def test_a_kernel_that_computes_on_the_host_is_found(tmp_path: Path) -> None:
     assert "hidden.py" in result["checks"]["graph"]
 
 
+def test_a_process_stands_in_for_one_device() -> None:
+    done = subprocess.run([sys.executable, "-c", TWO, str(ROOT / "ci")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+TWO = """
+import sys
+sys.path.append(sys.argv[1])
+from glm5_hal import Device, Unavailable
+from simulated.identities import IDENTITIES
+from simulated.plugin import simulated
+for again in range(2):
+    assert simulated(IDENTITIES["metax"])().probe().evidence == "simulated"
+other = simulated(IDENTITIES["musa"])().probe()
+assert isinstance(other, Unavailable)
+assert "stands in for MetaX C500" in other.reason
+"""
+
 HIDDEN = """
 import sys
 sys.path.append({folder!r})
