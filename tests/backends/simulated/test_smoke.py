@@ -114,7 +114,9 @@ from simulated.plugin import simulated
 
 @kernel("rms_norm", "torch", provides=("deterministic", "graph_safe"))
 def rms_norm(x, weight, *, eps):
-        there = x.cpu().float()
+    import torch
+
+    there = x.cpu().float()
     y = torch.nn.functional.rms_norm(there, (x.shape[-1],), weight.cpu().float(), eps)
     return y.to(x.dtype).to(x.device)
 
