@@ -2,8 +2,10 @@
 
 Scores and softmax are in float32; probabilities are rounded to query's dtype before they meet the values, as golden
 code does, and the sum of that product is rounded once. lse is natural. Outputs without keys are zeros (the pages say so
-for S2 = 0; a row whose mask hides every key is assumed to be the same, and to have lse −inf), and so are rows past a
-request's length. Without lse its tensor is empty, as the op's shape inference has it, though the pages say [1].
+for S2 = 0; one request without keys among others and a row whose mask hides every key are assumed to be the same, and
+to have lse −inf), and so are rows past a request's length. A request without tokens, whose prefix sum may equal its
+predecessor, has no output rows. Without lse its tensor is empty, as the op's shape inference has it, though the pages
+say [1].
 
 Not emulated: quantised inputs and outputs, pse_shift, shared prefixes, left padding, sparse modes 4 and 9.
 The constraints are in :mod:`.attention_rules`.
@@ -213,7 +215,7 @@ def _attend(call: Attention, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | 
     rows, columns = q.shape[1], k.shape[1]
     if not columns:
         return torch.zeros(call.heads, rows, v.shape[-1]), torch.full((call.heads, rows, 1), float("-inf"))
-    grouped = q.float().reshape(call.key_heads, group * rows, -1)
+    grouped = q.float().reshape(call.key_heads, group * rows, q.shape[-1])
     scores = (grouped @ k.float().transpose(1, 2)).view(call.heads, rows, columns) * call.scale
     if visible is not None:
         scores = scores.masked_fill(~visible, float("-inf"))
@@ -222,7 +224,7 @@ def _attend(call: Attention, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | 
     lse = torch.logsumexp(scores, -1, keepdim=True)
     p = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0.0))[..., :columns].to(call.query.dtype).float()
     out = p.reshape(call.key_heads, group * rows, columns) @ v.float()
-    return out.view(call.heads, rows, -1), lse
+    return out.view(call.heads, rows, v.shape[-1]), lse
 
 
 def _padded(rows: Tensor, length: int, value: float = 0.0) -> Tensor:

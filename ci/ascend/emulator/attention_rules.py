@@ -145,6 +145,7 @@ def _lengths(rules: Rules, call: Attention) -> None:
         rules.need(1 <= call.batch <= 4096, "there are 1 to 4096 requests", call.batch)
         need = "query and key lengths have an element for each request"
         rules.need(len(call.key_lengths) == call.batch, need, (call.batch, len(call.key_lengths)))
+        rules.need(min(call.key_lengths) >= 0, "key lengths are not negative", list(call.key_lengths))
         rows = call.query.shape[0 if call.layouts[0] == "TND" else 1]
         _prefix(rules, "query lengths", call.query_lengths, rows)
         return

@@ -3,7 +3,7 @@
 npu_kv_rmsnorm_rope_cache writes its caches although its schema does not mark them, as its page says. A negative index
 leaves its token out, as in golden code; outputs k_embed and y exist always and mean something only where is_output_kv
 holds and the cache is paged. A duplicate index is undefined there and refused. npu_scatter_nd_update_'s page is silent
-about duplicates, and its example has some: they are refused where they would write different values, since nothing
+about duplicates, and its example has some: they are refused where they would write different bits, since nothing
 says which one wins. The page speaks of a last cache axis of 32 in quantised FRACTAL_NZ and gives another shape in its
 table; the table and golden code are followed. Argument v belongs to no page and is not emulated. Norm mode has no
 golden code.
@@ -22,6 +22,7 @@ from .norms import HALF, rms
 from .rope import deinterleaved, rotate_half
 
 SCATTERED = (torch.float32, torch.float16, torch.bool, torch.bfloat16, torch.int64, torch.int8)
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PAGED = ("PA", "PA_BNSD", "PA_NZ", "PA_BLK_BNSD", "PA_BLK_NZ")
 NOPE, ROPE = 512, 64
 
@@ -50,8 +51,9 @@ def _one_writer(rules: Rules, index: Tensor, values: Tensor) -> None:
     if len(unique) == len(index):
         return
     first = torch.full((len(unique),), len(index)).scatter_reduce_(0, which, torch.arange(len(index)), "amin")
-    differs = values != values[first[which]]
-    rules.need(not differs.any(), "indices that occur twice write the same values", index.tolist())
+    bits = values.view(BITS[values.itemsize])  # as numbers a NaN would differ from itself, and 0.0 not from -0.0
+    differs = bits != bits[first[which]]
+    rules.need(not differs.any(), "indices that occur twice write the same values, bit for bit", index.tolist())
 
 
 def kv_rmsnorm_rope_cache(

@@ -152,6 +152,53 @@ def test_equal_duplicates_scatter() -> None:
     assert cache[1].tolist() == [1, 1]
 
 
+#: Integers whose bits are NaNs with a payload.
+NANS = {F32: (torch.int32, 0x7FC00123), F16: (torch.int16, 0x7E45), BF16: (torch.int16, 0x7FC5)}
+
+
+def nans(dtype: torch.dtype, *shape: int) -> Tensor:
+    bits, pattern = NANS[dtype]
+    return torch.full(shape, pattern, dtype=bits).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", NANS)
+def test_duplicates_are_equal_where_their_bits_are(dtype: torch.dtype) -> None:
+    cache = torch.zeros(4, 3, dtype=dtype)
+    rows = torch.cat((torch.ones(3, 1).to(dtype), nans(dtype, 3, 1), torch.full((3, 1), -0.0).to(dtype)), 1)
+    npu.npu_scatter_nd_update_(cache, torch.tensor([[1], [3], [1]]), rows)
+    bits, _ = NANS[dtype]
+    assert torch.equal(cache[[1, 3]].view(bits), rows[:2].view(bits))
+    assert (cache[[0, 2]] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", NANS)
+@pytest.mark.parametrize("case", ["zeros of both signs", "NaNs of both signs", "a NaN and a number", "numbers"])
+def test_duplicates_of_other_bits_are_refused(dtype: torch.dtype, case: str) -> None:
+    bits, _ = NANS[dtype]
+    nan, negative = nans(dtype, 1), (nans(dtype, 1).view(bits) | torch.iinfo(bits).min).view(dtype)
+    zero, one = torch.zeros(1).to(dtype), torch.ones(1).to(dtype)
+    first, second = {
+        "zeros of both signs": (zero, -zero),
+        "NaNs of both signs": (nan, negative),
+        "a NaN and a number": (nan, one),
+        "numbers": (zero, one),
+    }[case]
+    cache = torch.zeros(4, 2, dtype=dtype)
+    updates = torch.stack([torch.cat((one, last)) for last in (first, one, second)])
+    with pytest.raises(emulator.ConstraintError, match="write the same values"):
+        npu.npu_scatter_nd_update_(cache, torch.tensor([[1], [3], [1]]), updates)
+    assert (cache == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64])
+def test_duplicates_of_integers(dtype: torch.dtype) -> None:
+    cache, index = torch.zeros(4, 2, dtype=dtype), torch.tensor([[1], [1]])
+    with pytest.raises(emulator.ConstraintError, match="write the same values"):
+        npu.npu_scatter_nd_update_(cache, index, torch.tensor([[1, 1], [1, 0]]).to(dtype))
+    npu.npu_scatter_nd_update_(cache, index, torch.tensor([[1, 0], [1, 0]]).to(dtype))
+    assert cache.tolist() == [[0, 0], [1, 0], [0, 0], [0, 0]]
+
+
 Change = Callable[[Arguments], Any]
 
 REFUSED: list[tuple[str, dict[str, Any] | Change, str]] = [
