@@ -15,9 +15,6 @@ from .emulation import ROOT
 
 CONTRACT = ROOT / "ci/ascend/contract.py"
 
-#: A folder with torch_npu, as `pip install --no-deps --target` leaves it.
-SITE = os.environ.get("GLM5_HAL_TORCH_NPU", "")
-
 
 def job(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(CONTRACT), *args], capture_output=True, text=True)
@@ -64,9 +61,10 @@ def test_stand_ins_define_what_a_library_calls(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SITE, reason="GLM5_HAL_TORCH_NPU names no folder with torch_npu")
 def test_every_call_fits_the_vendors_schemas() -> None:
-    done = job("--site", SITE, "--json")
+    done = job("--json")
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
     report = json.loads(done.stdout[done.stdout.index("{") :])
     assert done.returncode == 0, [call for call in report["calls"] if call["outcome"] == "failed"]
     assert report["schemas"] == report["on_cpu"] == []
