@@ -61,30 +61,6 @@ def judged(
         return runner.run_case(replace(subject, other=None) if once else subject, case, target, 0, checks=asked)
 
 
-def takes_empty_requests() -> bool:
-    """Whether the emulated attention computes where a request has no tokens. Its document asks of the ends of queries
-    that none is less than the one before, so it should."""
-    emulated.kernels()
-    try:
-        adapter("mla_decode")(**call("mla_decode", {**DENSE, "lens": ((0, 9), (1, 5))}))
-    except RuntimeError:
-        return False
-    return True
-
-
-def takes_nan_twice() -> bool:
-    """Whether the emulated scatter takes a row twice that holds a NaN. Its document says nothing of rows that come
-    twice, and these are the same bits."""
-    emulated.kernels()
-    args = call("index_cache_write", {"T": 5, "D": 128, "N": 2, "page": 8, "format": "bf16_128"})
-    args["k"][0] = torch.nan
-    try:
-        adapter("index_cache_write")(**args)
-    except RuntimeError:
-        return False
-    return True
-
-
 def call(op: str, axes: dict[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
     """A call's arguments."""
     return dict(specs()[op].inputs(Sample("a call", axes), dtype, Draw(0, op)).args)

@@ -22,7 +22,6 @@ from .emulation import (
     call,
     emulator,
     judged,
-    takes_empty_requests,
 )
 
 EDGE = frozenset({"edge"})
@@ -62,17 +61,11 @@ def test_sparse_attention_at_the_edges(axes: dict[str, Any]) -> None:
     passes("sparse_mla", {**SPARSE, **axes}, checks=QUICK, tags=EDGE)
 
 
-#: Until the emulator computes these: see `takes_empty_requests`.
-EMPTY_REQUESTS = pytest.mark.xfail(not takes_empty_requests(), reason="no emulation of requests without tokens")
-
-
-@EMPTY_REQUESTS
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dense_attention(dtype: str) -> None:
     passes("mla_decode", {**DENSE, "lens": ((1, 70), (2, 40), (2, 0), (3, 2), (1, 1))}, tags=EDGE, dtype=dtype)
 
 
-@EMPTY_REQUESTS
 def test_dense_attention_of_a_request_without_tokens() -> None:
     passes("mla_decode", {**DENSE, "lens": RAGGED}, checks=QUICK, tags=EDGE)
 
@@ -93,11 +86,11 @@ def test_dense_attention_of_several_requests(axes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "axes",
     [
-        pytest.param({"lens": ((1, 30), (1, 1), (1, 64))}, marks=EMPTY_REQUESTS),  # one token each: no mask
+        {"lens": ((1, 30), (1, 1), (1, 64))},  # one token each: no mask
         {"lens": ((20, 130),)},
         {"lens": ((0, 9),)},
         {"q_scale": 8.0, "lens": ((2, 61),)},
-        pytest.param({"below_zero": True, "lens": ((1, 2), (2, 19))}, marks=EMPTY_REQUESTS),
+        {"below_zero": True, "lens": ((1, 2), (2, 19))},
         {"page": 128, "lens": ((1, 300),)},
         {"H": 64, "lens": ((2, 33),)},
     ],

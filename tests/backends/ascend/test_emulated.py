@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .emulation import ROOT, takes_empty_requests, takes_nan_twice
+from .emulation import ROOT
 
 PLUGIN = ROOT / "ci/ascend/emulated.py"
 
@@ -37,11 +37,7 @@ def run(level: str, out: Path, *more: str) -> Results:
 
 
 def failed(results: Results) -> set[str]:
-    """Cases that fail, but for what the emulator cannot take yet, which `emulation.takes_...` try."""
-    unable = {"indices that occur twice": takes_nan_twice, "reshape tensor of 0 elements": takes_empty_requests}
-    excused = [said for said, able in unable.items() if not able()]
-    found = {case for case, r in results.items() if r["verdict"] not in ("PASS", "UNSUPPORTED")}
-    return {case for case in found if not any(said in results[case]["detail"] for said in excused)}
+    return {case for case, r in results.items() if r["verdict"] not in ("PASS", "UNSUPPORTED")}
 
 
 @pytest.fixture(scope="module")
@@ -74,5 +70,5 @@ def test_the_standard_level_passes(tmp_path: Path) -> None:
     assert failed(results) == NAN_KEYS
     passed = {case for case, r in results.items() if (r["verdict"], r["kernel"]) == ("PASS", "ascend-emulated:aclnn")}
     glm5 = {case.partition("[")[0] for case in passed if "-glm5" in case}
-    wanted = {"sparse_mla", "mla_prolog", "lightning_indexer", "moe_experts", "moe_route", "grouped_gemm"}
-    assert wanted | ({"mla_decode"} if takes_empty_requests() else set()) <= glm5
+    wanted = {"sparse_mla", "mla_decode", "mla_prolog", "lightning_indexer", "moe_experts", "moe_route", "grouped_gemm"}
+    assert wanted <= glm5
