@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from toys import installed, stand_in
 
 from glm5_hal.conformance import runner
