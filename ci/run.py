@@ -6,6 +6,7 @@
     python3 ci/run.py triton-compile every Triton kernel compiled for chips that are not here, within its budgets
     python3 ci/run.py triton-ascend  every Triton kernel lowered by Ascend's front end
     python3 ci/run.py ascend         Ascend's adapters: the vendor's own torch_npu, then the suite over emulated ops
+    python3 ci/run.py simulated      every vendor's backend through the suite on a stand-in of its device
     python3 ci/run.py lint           ruff, mypy, and the lint of the Triton kernels
     python3 ci/run.py test           lint, docs freshness and all tests: what CI runs
 
@@ -33,6 +34,8 @@ SUITE = "conformance run --backend cpu --level standard --out conformance-out"
 INTERPRETED = (
     "conformance run --plugin ci/triton_interpreter.py --level smoke --workers 2 --timeout 600 --out conformance-triton"
 )
+VENDORS = ("cuda", "ascend", "musa", "hygon", "cambricon", "kunlunxin", "metax", "enflame")
+SIMULATED = "conformance run --plugin ci/simulated/{0}_simulated.py --level smoke --out conformance-simulated/{0}"
 LINT = [
     [PYTHON, "-m", "ruff", "check", "."],
     [PYTHON, "-m", "ruff", "format", "--check", "."],
@@ -46,6 +49,7 @@ JOBS = {
     "triton-compile": [[PYTHON, "ci/triton_compile.py"]],
     "triton-ascend": [[PYTHON, "ci/triton_ascend.py"]],
     "ascend": [[PYTHON, "ci/ascend/contract.py"], [PYTHON, "-m", "pytest", "tests/backends/ascend/test_emulated.py"]],
+    "simulated": [[str(BIN / "glm5-hal"), *SIMULATED.format(vendor).split()] for vendor in VENDORS],
     "lint": LINT,
     # pytest comes last: its closing line is the run's.
     "test": [*LINT, [PYTHON, "ci/docs.py", "--check"], [PYTHON, "ci/waivers.py"], [PYTHON, "-m", "pytest"]],

@@ -114,7 +114,8 @@ def _print(results: list[Result], out: Path, as_json: bool, book: Book | None = 
     console.print(report.table(results))
     for r in (r for r in results if not r.ok):
         console.print(f"[red]{r.verdict}[/]  {r.kernel or r.backend}  ", end="")
-        console.print(f"{r.case}  {r.detail}\n      {r.repro}", markup=False, highlight=False)
+        # Unbroken: the command is copied.
+        console.print(f"{r.case}  {r.detail}\n      {r.repro}", markup=False, highlight=False, soft_wrap=True)
         if r.log:
             console.print(textwrap.indent(r.log, "      | "), markup=False, highlight=False)
     for r in (r for r in results if r.remark):

@@ -55,6 +55,7 @@ def _write(
     T, L = latent.shape
     given = latent if rope is None else rope  # a pointer that is not read
     R = 0 if rope is None else rope.shape[1]
+    slots = slots if tuning.int64 else slots.int()
     launch(
         _write_rows, (triton.cdiv(T, tuning[op]["BLOCK_T"]),), latent,
         latent, *latent.stride(), given, *given.stride(), slots, slots.stride(0),

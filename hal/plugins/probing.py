@@ -73,7 +73,8 @@ def _lacking(backend: Backend) -> Unavailable | None:
 def hardware_fix(record: PluginRecord) -> str:
     """What to do where the driver is the suspect."""
     smi = " ".join(record.smi)
-    return f"see whether {f'`{smi}`' if smi else 'the driver'} answers; {record.remedy}"
+    then = "reinstall what torch has of this vendor, for this torch" if record.builtin else record.remedy
+    return f"see whether {f'`{smi}`' if smi else 'the driver'} answers; {then}"
 
 
 def _device(found: object, backend: Backend) -> Device | str:
