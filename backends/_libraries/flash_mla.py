@@ -53,12 +53,13 @@ class Interface:
         multiple: what the number of indices is a multiple of, for every one of its kernels.
         schedule: of the module, queries [T, 1, H, W], numbers of keys [T] and of indices (either may be None): what
             goes in as ``tile_scheduler_metadata`` and ``num_splits``. It is good for calls that agree in all of these.
+            None where the only kernel in use is the sparse one over a latent cache.
         ahead: places of the block table that are read beyond the last key, in keys.
     """
 
     module: str
     multiple: int
-    schedule: Callable[[Any, Tensor, Tensor | None, int | None], tuple[Any, Any]]
+    schedule: Callable[[Any, Tensor, Tensor | None, int | None], tuple[Any, Any]] | None = None
     ahead: int = 0
 
     @property
@@ -128,10 +129,11 @@ class Interface:
     def _plan(
         self, kind: str, q: Tensor, page: int, width: int, seen: Tensor | None, seq_lens: Tensor, cu_seqlens_q: Tensor
     ) -> tuple[Any, Any]:
-        topk = width if seen is None else None
+        topk, schedule = width if seen is None else None, self.schedule
+        assert schedule is not None, "only the sparse kernel over a latent cache needs none"
         return per_step(  # type: ignore[no-any-return]
             (self.module, kind, q.device, q.shape, page, width),
-            lambda: self.schedule(self.library, q[:, None], seen, topk),
+            lambda: schedule(self.library, q[:, None], seen, topk),
             seq_lens,
             cu_seqlens_q,
         )

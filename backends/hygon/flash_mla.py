@@ -4,8 +4,6 @@ tokens without a key, and merge its lse across devices as a natural logarithm.""
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from glm5_hal.backend import kernel
@@ -13,12 +11,7 @@ from glm5_hal.backends._libraries.flash_mla import LATENT, POSITIVE, WIDTH, Inte
 from glm5_hal.backends._libraries.physical import whole_rows
 from glm5_hal.capability import arch, dtype, one_of
 
-
-def _schedule(library: Any, q: Tensor, seen: Tensor | None, topk: int | None) -> tuple[Any, Any]:
-    raise NotImplementedError("the sparse kernel has no schedule, and no other is adapted")
-
-
-FLASH_MLA = Interface("flash_mla", 128, _schedule)
+FLASH_MLA = Interface("flash_mla", 128)
 
 
 @kernel(

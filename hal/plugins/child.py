@@ -67,7 +67,7 @@ def check_up(record: PluginRecord, deadline: float = PROBE_DEADLINE, last: str =
 
     ``deadline`` covers loading and probing, the start of the interpreter included; the kernel has its own.
     """
-    if record.status != "ok" or (last == "load" and (record.builtin or record.backend is not None)):
+    if needs_no_child(record, last):
         return Checkup(load(record, None))
     bare = replace(record, backend=None)
     try:
@@ -94,6 +94,10 @@ def check_up(record: PluginRecord, deadline: float = PROBE_DEADLINE, last: str =
     return _told(bare, answers, stage, _end_of(child, bytes(heard), bare, None if line is None else limit))
 
 
+def needs_no_child(record: PluginRecord, last: str) -> bool:
+    return record.status != "ok" or (last == "load" and (record.builtin or record.backend is not None))
+
+
 def _told(record: PluginRecord, answers: dict[str, Any], stage: str = "", end: str = "") -> Checkup:
     """The checkup that the answers make; ``end`` is how the child ended in a stage that it did not answer."""
     record = replace(record, **answers.get("load", {}))
@@ -117,10 +121,10 @@ def _told(record: PluginRecord, answers: dict[str, Any], stage: str = "", end: s
 
 
 def _start(record: PluginRecord, deadline: float, last: str) -> subprocess.Popen[bytes]:
-    job = {name: getattr(record, name) for name in ("name", "value", "dist", "version", "builtin", "given")}
     path = [entry for entry in sys.path if isinstance(entry, str)]
     until = time.time() + deadline - min(0.5, deadline / 4)
-    boot = f"import sys; sys.path[:] = {path!r}; from {__name__} import answer; answer({job!r}, {until!r}, {last!r})"
+    told_it = f"{record.job!r}, {until!r}, {last!r}"
+    boot = f"import sys; sys.path[:] = {path!r}; from {__name__} import answer; answer({told_it})"
     return subprocess.Popen(
         [sys.executable, "-c", boot],
         stdin=subprocess.DEVNULL,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from glm5_hal.backend import Backend
 
@@ -84,6 +85,11 @@ class PluginRecord:
         if self.given:
             return f"plugin {self.given}"
         return f"{self.dist or 'an unknown distribution'} {self.version}".strip()
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """What a child process makes this record of again."""
+        return {name: getattr(self, name) for name in ("name", "value", "dist", "version", "builtin", "given")}
 
     @property
     def root(self) -> str:

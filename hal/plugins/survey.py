@@ -31,21 +31,21 @@ def survey(records: Sequence[PluginRecord]) -> tuple[list[PluginRecord], list[tu
     left = [i for i, record in enumerate(records) if record.builtin and record.status == "ok"]
     while left:
         answers, end = _asked([records[i] for i in left])
-        for i, (names, reason, fix) in zip(left, answers, strict=False):
+        for i in (i for i in left if records[i].name in answers):
+            names, reason, fix = answers[records[i].name]
             offered[i] = None if names is None else tuple(names)
             if reason:
                 settled[i] = records[i].failed(Defect("CRASH", reason, fix))
-        left = left[len(answers) :]
+        left = [i for i in left if records[i].name not in answers]
         if left:
             lost, *left = left
             settled[lost] = records[lost].failed(Defect("CRASH", f"the probe {end}", hardware_fix(records[lost])))
     return settled, offered
 
 
-def _asked(records: Sequence[PluginRecord]) -> tuple[list[Any], str]:
-    """What a child answers of these, in their order, as far as it comes; and how it ended."""
-    fields = ("name", "value", "dist", "version", "builtin", "given")
-    jobs = [{field: getattr(record, field) for field in fields} for record in records]
+def _asked(records: Sequence[PluginRecord]) -> tuple[dict[str, Any], str]:
+    """What a child answers of these, by name, as far as it comes; and how it ended."""
+    jobs = [record.job for record in records]
     path = [entry for entry in sys.path if isinstance(entry, str)]
     boot = f"import sys; sys.path[:] = {path!r}; from {__name__} import answer; answer({jobs!r})"
     command, env = [sys.executable, "-c", boot], {**os.environ, TRIAL: "1"}
@@ -58,8 +58,8 @@ def _asked(records: Sequence[PluginRecord]) -> tuple[list[Any], str]:
         said, end = expired.stdout or b"", f"did not answer within {limit:g} s"
     except OSError as problem:
         said, end = b"", f"could not be tried in a process: {told(problem)[0]}"
-    lines = said[-(2**20) :].decode(errors="replace").splitlines()
-    return [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)], end
+    whole = said[: said.rfind(b"\n") + 1].decode(errors="replace").split("\n")
+    return dict(json.loads(line.removeprefix(MARK)) for line in whole if line.startswith(MARK)), end
 
 
 def answer(jobs: Sequence[Mapping[str, Any]]) -> None:
@@ -73,5 +73,5 @@ def answer(jobs: Sequence[Mapping[str, Any]]) -> None:
             names = Catalogue((record,)).providers(record.name)
         except HalError as problem:
             reason, fix = problem.what, problem.fix
-        print(f"\n{MARK}{json.dumps([names, reason[:OUTPUT_LIMIT], fix])}", flush=True)  # noqa: T201
+        print(f"\n{MARK}{json.dumps([record.name, [names, reason[:OUTPUT_LIMIT], fix]])}", flush=True)  # noqa: T201
     os._exit(0)

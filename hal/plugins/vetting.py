@@ -23,7 +23,15 @@ def check_up_all(
     where loading is all that is asked for."""
     owned = without_theft(records)
     with ThreadPoolExecutor(ABREAST) as pool:
-        checked = tuple(pool.map(lambda record: child.check_up(record, deadline, last), owned))
+        told = [
+            None if child.needs_no_child(record, last) else pool.submit(child.check_up, record, deadline, last)
+            for record in owned
+        ]
+        # One after the other: while a plugin is loaded, what this process prints is the plugin's.
+        checked = tuple(
+            child.check_up(record, deadline, last) if answer is None else answer.result()
+            for record, answer in zip(owned, told, strict=True)
+        )
     settled = without_twins([c.record for c in checked])
     return tuple(replace(c, record=record) for c, record in zip(checked, settled, strict=True))
 

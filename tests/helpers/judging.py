@@ -67,8 +67,13 @@ def passes(kernel: Kernel, sample: Sample, dtype: str) -> None:
 
 def takes(kernel: Kernel, sample: Sample, dtype: str) -> bool:
     """Whether dispatch would give this call to the kernel."""
+    return accepts(kernel, _drawn(kernel.op, sample, dtype).args)
+
+
+def accepts(kernel: Kernel, args: Mapping[str, Any]) -> bool:
+    """The same of a call's arguments; their values are not looked at."""
     spec = specs()[kernel.op]
-    bound = spec.bind(**_drawn(kernel.op, sample, dtype).args)
+    bound = spec.bind(**args)
     metas = {name: _meta(bound[name]) for name in spec.tensors}
     call = signature_of(spec, metas, {name: bound[name] for name in spec.options})
     return all(isinstance(requirement.test(call, Facts()), Accepted) for requirement in kernel.requires)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import judging
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from glm5_hal import metadata
 from glm5_hal.backend import Kernel
 from glm5_hal.backends import _triton
 from glm5_hal.backends._triton.tuning import tuning
-from glm5_hal.decision import Accepted
-from glm5_hal.ops import specs
-from glm5_hal.signature import Facts, TensorMeta
 
 
 @pytest.fixture(params=[False, True], ids=["int32 only", "int64"])
@@ -31,15 +28,7 @@ def kernel(op: str, int64: bool, folder: Path) -> Kernel:
 
 
 def accepted(kernel: Kernel, **args: object) -> bool:
-    spec = specs()[kernel.op]
-    bound = spec.bind(**args)
-    metas = {name: _meta(bound[name]) for name in spec.tensors}
-    call = metadata.signature_of(spec, metas, {name: bound[name] for name in spec.options})
-    return all(isinstance(requirement.test(call, Facts()), Accepted) for requirement in kernel.requires)
-
-
-def _meta(x: Tensor | None) -> TensorMeta | None:
-    return None if x is None else TensorMeta(str(x.dtype)[6:], tuple(x.shape), x.device.type, x.stride())
+    return judging.accepts(kernel, args)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
