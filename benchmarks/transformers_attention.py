@@ -144,6 +144,7 @@ class Block:
         from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as modeling
 
         from glm5_hal import ops
+        from glm5_hal.ops._common.products import multiply
 
         module = self.model.layers[0].self_attn
         ours, keys = module._glm5_hal, self.theirs.layers[0]
@@ -156,9 +157,9 @@ class Block:
         query = torch.cat([q_nope, apart(q_rope)], -1)[:, :, None]
 
         def absorbed() -> Tensor:
-            q = torch.cat([torch.matmul(q_nope.transpose(0, 1), w_uk).transpose(0, 1), q_rope], -1)
+            q = torch.cat([multiply(q_nope.transpose(0, 1), w_uk).transpose(0, 1), q_rope], -1)
             z, _ = ops.sparse_mla(q, held, chosen, table, lens, cu, scale=scale, kv_lora_rank=L)
-            return torch.matmul(z.transpose(0, 1), ours.w_uv).transpose(0, 1).flatten()
+            return multiply(z.transpose(0, 1), ours.w_uv).transpose(0, 1).flatten()
 
         def expanded(attend: Callable[..., Any]) -> Callable[[], Tensor]:
             def run() -> Tensor:
@@ -240,7 +241,7 @@ def report(options: argparse.Namespace, dtype: torch.dtype) -> None:
     ]
     weights = sum(p.numel() * p.element_size() for p in decode.model.layers[0].self_attn.parameters())
     del decode
-    rows.append(result(f"block, prefill of {PREFILL}", dtype, turns(Block(dtype, PREFILL, 0)), 1))
+    rows.append(result(f"block, prefill of {PREFILL}", dtype, turns(Block(dtype, PREFILL, 0)), min(options.repeat, 3)))
     memory = growths(options.dtype, options.threads)
     machine = rates(options.repeat)
     bound = weights / machine["read GB/s"] / 1e6

@@ -13,14 +13,17 @@ from torch import Tensor
 from glm5_hal.backend import kernel
 from glm5_hal.backends._torch.blocks import blocks
 from glm5_hal.backends._torch.caches import Tiles
-from glm5_hal.backends._torch.numbers import accumulation, in_host_memory
+from glm5_hal.backends._torch.numbers import accumulation, has_fast_products, in_host_memory
 from glm5_hal.formats import FORMATS
 from glm5_hal.ops._common import caches as bytes_of
 from glm5_hal.ops._common.paging import requests
+from glm5_hal.ops._common.products import linear, multiply
 from glm5_hal.plan import host_list
 
 #: Keys per tile in the absorbed form: 1024 rows of 576 numbers in fp32 are 2.4 MB.
 KEYS = 1024
+#: Chosen keys that are one tile where weights and latents are multiplied in bfloat16. GLM-5's top-k is 2048.
+CHOSEN_KEYS = 4096
 #: Tokens of one request that share a tile. Each has its own products, so that its bits do not depend on the others.
 TOKENS = 16
 #: Tile of the form with full heads.
@@ -53,6 +56,18 @@ class Softmax:
     def result(self) -> tuple[Tensor, Tensor]:
         """The weighted means ``[..., m, D]`` and the natural-log lse ``[..., m]``."""
         return self._sum / self._total, (self._total.log() + _finite(self._peak)).squeeze(-1)
+
+
+def softmax_mean(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What `Softmax` gives where all keys come as one tile: scores [m, n], which are used up, values [n, D].
+
+    Weights are divided by their sum before they are rounded to the dtype of the values: the result is rounded once.
+    """
+    peak = scores.amax(-1, keepdim=True)
+    base = _finite(peak)
+    weights = scores.sub_(base).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return multiply(weights.div_(total).to(values.dtype), values), (total.log() + base).squeeze(-1)
 
 
 def _finite(peak: Tensor) -> Tensor:
@@ -124,7 +139,7 @@ def mla_decode(
     out, lse = _no_keys(q, kv_lora_rank)
     work = blocks(cu_seqlens_q, seq_lens, TOKENS)
     longest = max((limits[-1] for *_, limits in work), default=0)
-    absorbed = _Absorbed(q, kv_cache, rope_cache, kv_lora_rank, cache_format, longest)
+    absorbed = _Absorbed(q, kv_cache, rope_cache, kv_lora_rank, cache_format, keys=longest)
     for r, block, limits in work:
         queries, states = [_query(q[t], scale) for t in block], [Softmax() for _ in block]
         for start in range(0, limits[-1], KEYS):
@@ -152,17 +167,13 @@ def sparse_mla(
     cache_format: str = "latent_576",
 ) -> tuple[Tensor, Tensor]:
     out, lse = _no_keys(q, kv_lora_rank)
-    absorbed = _Absorbed(q, kv_cache, rope_cache, kv_lora_rank, cache_format, indices.shape[1])
+    absorbed = _Absorbed(q, kv_cache, rope_cache, kv_lora_rank, cache_format, chosen=indices.shape[1])
     for r, tokens, length in requests(cu_seqlens_q, seq_lens):
         for t in range(tokens.start, tokens.stop if length else tokens.start):
             chosen, valid = _chosen(indices[t])
             if len(chosen):
-                state, query = Softmax(), _query(q[t], scale)
-                for start in range(0, len(chosen), KEYS):
-                    part = slice(start, start + KEYS)
-                    keys = absorbed.tiles.at(block_table[r], chosen[part])
-                    absorbed.attend(state, query, keys, None if valid is None else valid[part])
-                out[t], lse[t] = state.result() if valid is None else _unless_none(state, valid.any())
+                found = absorbed.over(_query(q[t], scale), block_table[r], chosen, valid)
+                out[t], lse[t] = found if valid is None else _unless_none(*found, valid.any())
     return out, lse
 
 
@@ -179,9 +190,8 @@ def _chosen(indices: Tensor) -> tuple[Tensor, Tensor | None]:
     return torch.where(valid, indices, first), valid
 
 
-def _unless_none(state: Softmax, some: Tensor) -> tuple[Tensor, Tensor]:
+def _unless_none(out: Tensor, lse: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
     """The result, or that of no key where there was not ``some``."""
-    out, lse = state.result()
     return torch.where(some, out, 0.0), torch.where(some, lse, -torch.inf)
 
 
@@ -197,20 +207,37 @@ def _query(q: Tensor, scale: float) -> Tensor:
 
 
 class _Absorbed:
-    """Attention of single tokens over tiles of a latent cache."""
+    """Attention of single tokens over tiles of a latent cache, whether over ``keys`` in a row or ``chosen`` ones."""
 
     def __init__(
-        self, q: Tensor, kv_cache: Tensor, rope_cache: Tensor | None, latent: int, cache_format: str, keys: int
-    ) -> None:
-        held = bytes_of.held(kv_cache, rope_cache)
-        (_, H, W), dtype, most = q.shape, accumulation(q), min(keys, KEYS)
-        self.tiles = Tiles(FORMATS[cache_format], held, latent, W - latent, dtype, most)
-        self._latent, self._room = latent, q.new_empty(H * most, dtype=dtype)
+        self, q: Tensor, kv_cache: Tensor, rope_cache: Tensor | None, latent: int, cache_format: str, *,
+        keys: int = 0, chosen: int = 0,
+    ) -> None:  # fmt: skip
+        fmt, held, most = FORMATS[cache_format], bytes_of.held(kv_cache, rope_cache), min(max(keys, chosen), KEYS)
+        self._at_once = chosen <= CHOSEN_KEYS and has_fast_products(kv_cache)
+        gathered = chosen if self._at_once else 0
+        self.tiles = Tiles(fmt, held, latent, q.shape[-1] - latent, accumulation(q), most, gathered)
+        self._latent = latent
 
     def attend(self, state: Softmax, query: Tensor, keys: Tensor, valid: Tensor | None = None) -> None:
         """Let [H, W] queries see a tile of keys [n, W], or the ``valid`` ones of them."""
-        scores = self._room[: len(query) * len(keys)].view(len(query), len(keys))
-        torch.mm(query, keys.T, out=scores)
-        if valid is not None:
-            scores.masked_fill_(~valid, -torch.inf)
-        state.add(scores, keys[:, : self._latent])
+        state.add(_scores(query, keys, valid), keys[:, : self._latent])
+
+    def over(self, query: Tensor, pages: Tensor, positions: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[H, W] queries over the keys at these positions of a request, or the ``valid`` ones: out [H, L], lse [H]."""
+        parts = [slice(start, start + KEYS) for start in range(0, len(positions), KEYS)]
+        if self._at_once and valid is None:
+            rows = self.tiles.rows(pages, positions)
+            tiles = ({field: row[part] for field, row in rows.items()} for part in parts)
+            scores = torch.cat([linear(query, self.tiles.numbers(tile)) for tile in tiles], -1)
+            return softmax_mean(scores, self.tiles.latents(rows))
+        state = Softmax()
+        for part in parts:
+            self.attend(state, query, self.tiles.at(pages, positions[part]), None if valid is None else valid[part])
+        return state.result()
+
+
+def _scores(query: Tensor, keys: Tensor, valid: Tensor | None) -> Tensor:
+    """[H, W] queries times keys [n, W]; -inf for those that are not ``valid``."""
+    scores = linear(query, keys)
+    return scores if valid is None else scores.masked_fill_(~valid, -torch.inf)

@@ -24,8 +24,10 @@ class Tiles:
     """
 
     def __init__(
-        self, fmt: CacheFormat, caches: tuple[Tensor, ...], latent: int, rope: int, dtype: torch.dtype, most: int
-    ) -> None:
+        self, fmt: CacheFormat, caches: tuple[Tensor, ...], latent: int, rope: int, dtype: torch.dtype, most: int,
+        gathered: int = 0,
+    ) -> None:  # fmt: skip
+        """At most ``most`` rows are converted at a time, and as many read, or up to ``gathered``."""
         cache = caches[0]
         self._fmt, self._latent, self._page = fmt, latent, cache.shape[1]
         self._tile = cache.new_empty(most, latent + rope, dtype=dtype)
@@ -33,7 +35,7 @@ class Tiles:
         # Numbers that need no conversion go straight into the tile.
         self._whole = len(self._fields) == 1 and cache.dtype == dtype
         self._raw = {
-            name: self._tile if self._whole else field.new_empty(most, field.shape[-1])
+            name: self._tile if self._whole else field.new_empty(max(most, gathered), field.shape[-1])
             for name, field in self._fields.items()
         }
         self._bits = cache.new_empty(2, most if fmt.group else 0, latent, dtype=torch.int16)
@@ -44,15 +46,27 @@ class Tiles:
         first, last = start // P, -(-stop // P)
         here = slice(start - first * P, stop - first * P)
         page = pages[first:last].long()[:, None].expand(-1, P).flatten()[here]
-        return self._read(page, torch.arange(P, device=pages.device).repeat(last - first)[here])
+        return self.numbers(self._gathered(page, torch.arange(P, device=pages.device).repeat(last - first)[here]))
 
     def at(self, pages: Tensor, positions: Tensor) -> Tensor:
         """The keys at any local positions."""
-        return self._read(pages.index_select(0, positions // self._page).long(), positions % self._page)
+        return self.numbers(self.rows(pages, positions))
 
-    def _read(self, page: Tensor, offset: Tensor) -> Tensor:
+    def rows(self, pages: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """The same as the cache has them, by field."""
+        return self._gathered(pages.index_select(0, positions // self._page).long(), positions % self._page)
+
+    def latents(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Latents ``[n, L]`` of such rows, of a format that has them as numbers."""
+        return rows[self._fmt.tensors[0]][:, : self._latent]
+
+    def _gathered(self, page: Tensor, offset: Tensor) -> dict[str, Tensor]:
         n = len(page)
-        raw = {name: _gather(field, page, offset, self._raw[name][:n]) for name, field in self._fields.items()}
+        return {name: _gather(field, page, offset, self._raw[name][:n]) for name, field in self._fields.items()}
+
+    def numbers(self, raw: Mapping[str, Tensor]) -> Tensor:
+        """Rows as the cache has them, converted."""
+        n = len(next(iter(raw.values())))
         tile = self._tile[:n]
         if self._fmt.group:
             _decode_e4m3(raw["latent"], self._bits[:, :n], tile[:, : self._latent])

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from glm5_hal.backend import kernel
 from glm5_hal.backends._torch.numbers import accumulation, in_host_memory
-from glm5_hal.ops._common.precision import multiply
+from glm5_hal.ops._common.products import multiply
 from glm5_hal.plan import host_list
 
 #: Elements of y that are combined at a time on a CPU.

@@ -19,7 +19,7 @@ from glm5_hal.capability import dtype, when
 from glm5_hal.plan import host_list
 
 #: Heads that are widened at a time, which bounds the memory of it.
-HEADS = 16
+HEADS = 4
 
 _flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
@@ -48,18 +48,27 @@ def mla_prefill(
     scale: float,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    T, H, _ = q.shape
-    out, lse = q.new_zeros(T, H, v.shape[-1]), q.new_full((T, H), -torch.inf, dtype=torch.float32)
-    spans = zip(pairwise(host_list(cu_seqlens_q)), pairwise(host_list(cu_seqlens_k)), strict=True)
-    for (start, stop), (low, high) in spans:
-        ahead = (high - low) - (stop - start)  # keys before the first query's own; negative: queries that see none
-        first = start - min(ahead, 0) if causal else start
-        if first >= stop or high == low:
-            continue
-        for head in range(0, H, HEADS):
-            heads = slice(head, head + HEADS)
-            rows, keys, values = q[first:stop, heads], k[low:high, heads], v[low:high, heads]
-            out[first:stop, heads], lse[first:stop, heads] = _attended(rows, keys, values, scale, causal)
+    requests = zip(pairwise(host_list(cu_seqlens_q)), pairwise(host_list(cu_seqlens_k)), strict=True)
+    parts = [_request(q[a:b], k[low:high], v[low:high], scale, causal) for (a, b), (low, high) in requests]
+    if len(parts) == 1:
+        return parts[0]
+    nothing = q.new_empty(0, q.shape[1], v.shape[2]), q.new_empty(0, q.shape[1], dtype=torch.float32)
+    out, lse = zip(nothing, *parts, strict=True)
+    return torch.cat(out), torch.cat(lse)
+
+
+def _request(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """One request's [n, H, D] queries over its [m, H, D] keys: out [n, H, D] in their dtype, lse [n, H]."""
+    (n, H, _), m = q.shape, len(k)
+    blind = n if m == 0 else max(n - m, 0) if causal else 0  # the first queries, which see no key
+    if q.dtype == torch.float32 and blind == 0 and n > 0 and H > 0:
+        out, lse = _attended(q, k, v, scale, causal)
+        return out.contiguous(), lse.contiguous()
+    out, lse = q.new_empty(n, H, v.shape[-1]), q.new_empty(n, H, dtype=torch.float32)
+    out[:blind], lse[:blind] = 0.0, -torch.inf
+    for head in range(0, H if blind < n else 0, HEADS):
+        heads = slice(head, head + HEADS)
+        out[blind:, heads], lse[blind:, heads] = _attended(q[blind:, heads], k[:, heads], v[:, heads], scale, causal)
     return out, lse
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glm5_hal.ops._common import precision
+from glm5_hal.ops._common import products as shared
 
 #: Of each dtype, torch's leave to add parts of a sum in it.
 REDUCED = {
@@ -21,7 +21,7 @@ REDUCED = {
 
 def install() -> None:
     """Let every product of ops on CUDA tensors be `accumulated`."""
-    precision.PRODUCTS["cuda"] = accumulated
+    shared.PRODUCTS["cuda"] = accumulated
 
 
 def accumulated(a: Tensor, b: Tensor) -> Tensor:

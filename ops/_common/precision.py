@@ -7,19 +7,14 @@ on the very same inputs it is the truth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-#: Rows of float16 for which converting the weights takes longer than multiplying them as they are.
-FEW = 8
-
-#: Products by device type, of a backend on whose device torch's own may round a sum on the way. A backend puts its own
-#: here where its kernels are loaded.
-PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+from glm5_hal.ops._common import products
 
 _exact: ContextVar[bool] = ContextVar("glm5_hal_exact", default=False)
 
@@ -54,28 +49,10 @@ def stored(p: Tensor, like: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weightᵀ, weight as [out, in]: see `matmul`."""
-    return matmul(x, weight.transpose(-1, -2))
+    """x @ weightᵀ, weight as [out, in], accumulated in fp32 or wider and rounded once at the end."""
+    return x.double() @ weight.double().T if is_exact() else products.linear(x, weight)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of one storage dtype, accumulated in fp32 or wider and rounded once at the end: see `multiply`."""
-    return a.double() @ b.double() if is_exact() else multiply(a, b)
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """torch's own product, so that weights are not converted at every call; into ``out``, if that is given.
-
-    In float16 a CPU has a fast product only for few rows over weights that lie [out, in]: then it reads each weight
-    once. All others are faster in float32, up to a hundred times, the time to convert included.
-
-    Devices for which a backend has a product of its own have that: see `PRODUCTS`.
-    """
-    own = PRODUCTS.get(a.device.type)
-    if own is not None:
-        return own(a, b) if out is None else out.copy_(own(a, b))
-    few = a.dim() == 2 and a.shape[0] <= FEW and b.stride(0) == 1
-    if a.dtype == torch.float16 and a.device.type == "cpu" and not few:
-        wide = a.float() @ b.float()
-        return wide.to(a.dtype) if out is None else out.copy_(wide)
-    return torch.matmul(a, b, out=out)
+    """a @ b of one storage dtype: see `linear`."""
+    return a.double() @ b.double() if is_exact() else products.multiply(a, b)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from glm5_hal import ops
 from glm5_hal.integrations.transformers.cache import PagedCache
 from glm5_hal.integrations.transformers.step import Step
+from glm5_hal.ops._common.products import linear, multiply
 from glm5_hal.prepared import Prepared, prepare
 
 
@@ -70,7 +71,7 @@ class Indexer:
     def write(self, x: Tensor, at: Pass, layer: int) -> None:
         """Write the keys of ``x [T, E]`` only: nothing is chosen now, but later tokens will choose."""
         w, rotary = self.plain, 2 * at.cos.shape[-1]
-        k = functional.linear(x, w["w_k"])
+        k = linear(x, w["w_k"])
         k = functional.layer_norm(
             k, k.shape[-1:], w["k_norm_weight"].to(k.dtype), w["k_norm_bias"].to(k.dtype), self.eps
         )
@@ -121,7 +122,7 @@ class Attention:
             chosen = chosen if sparse else None
         if heads is None:
             heads = self._absorbed(q, at, chosen)
-        return functional.linear(heads.flatten(1), self.w_o), chosen
+        return linear(heads.flatten(1), self.w_o), chosen
 
     def _held(self, at: Pass) -> dict[str, Any]:
         return dict(zip(at.cache.layout.latent.tensors, at.cache.latent[self.layer], strict=True))
@@ -147,22 +148,22 @@ class Attention:
             z, _ = ops.mla_decode(q, held["kv_cache"], *common, **options)
         else:
             z, _ = ops.sparse_mla(q, held["kv_cache"], chosen, *common, **options)
-        return torch.matmul(z.transpose(0, 1), self.w_uv).transpose(0, 1)
+        return multiply(z.transpose(0, 1), self.w_uv).transpose(0, 1)
 
     def _full_heads(self, x: Tensor, at: Pass) -> tuple[Tensor, Tensor]:
         """[T, H, V] and the query latent, where nothing was cached before: keys and values need no cache to be read."""
         w, (H, L, V), T, R = self.plain, self.w_uv.shape, x.shape[0], 2 * at.cos.shape[-1]
-        q_c = ops.rms_norm(functional.linear(x, w["w_q_a"]), w["q_a_norm"], eps=self.eps)
-        q = functional.linear(q_c, w["w_q_b"]).view(T, H, -1)
+        q_c = ops.rms_norm(linear(x, w["w_q_a"]), w["q_a_norm"], eps=self.eps)
+        q = linear(q_c, w["w_q_b"]).view(T, H, -1)
         K = q.shape[-1] - R
-        latent, k_rope = functional.linear(x, w["w_kv_a"]).tensor_split([L], -1)
+        latent, k_rope = linear(x, w["w_kv_a"]).tensor_split([L], -1)
         kv_c = ops.rms_norm(latent, w["kv_a_norm"], eps=self.eps)
         k_pe = ops.rope(k_rope, at.cos, at.sin)
         ops.mla_cache_write(
             kv_c, k_pe, slot_mapping=at.step.slots, cache_format=at.cache.layout.latent.name, **self._held(at)
         )
-        q = torch.cat([q[..., :K], ops.rope(q[..., K:], at.cos, at.sin)], -1)
-        k_nope, v = functional.linear(kv_c, self.w_kv_b).view(T, H, K + V).tensor_split([K], -1)
+        q[..., K:] = ops.rope(q[..., K:], at.cos, at.sin)
+        k_nope, v = linear(kv_c, self.w_kv_b).view(T, H, K + V).tensor_split([K], -1)
         k = torch.cat([k_nope, k_pe[:, None].expand(T, H, R)], -1)
         cu = at.step.cu_seqlens_q
         out, _ = ops.mla_prefill(q, k, v, cu, cu, scale=self.scale)

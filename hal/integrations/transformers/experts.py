@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from glm5_hal import ops
+from glm5_hal.ops._common.products import linear
 from glm5_hal.prepared import Prepared, prepare
 
 
@@ -30,7 +30,7 @@ class Mlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., E] to [..., E]."""
-        return functional.linear(ops.silu_and_mul(functional.linear(x, self.w_gate_up)), self.w_down)
+        return linear(ops.silu_and_mul(linear(x, self.w_gate_up)), self.w_down)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Router:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, E] to logits [T, experts], weights [T, k] and ids [T, k]."""
-        logits = functional.linear(x.to(self.weight.dtype), self.weight)
+        logits = linear(x.to(self.weight.dtype), self.weight)
         return logits, *ops.moe_route(logits, self.bias, **self.options)
 
 

@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from glm5_hal import ops
 from glm5_hal.integrations.transformers import checks, forwards, models
 from glm5_hal.integrations.transformers.cache import PagedCache
 from glm5_hal.integrations.transformers.sources import check_unchanged, sources
 from glm5_hal.integrations.transformers.step import Step, active
+from glm5_hal.ops._common.products import linear
 
 
 class Mtp(nn.Module):
@@ -148,7 +148,7 @@ class Mtp(nn.Module):
         if reuse:
             at, chosen = replace(at, reuse=True), _extend(chosen, at.step, decoder.config.index_topk)
         with active(at.step):
-            x, chosen = self.layer(functional.linear(x, self.eh_proj.weight), at=at, chosen=chosen)
+            x, chosen = self.layer(linear(x, self.eh_proj.weight), at=at, chosen=chosen)
         cache.advance(at.step)
         g = ops.rms_norm(x, self.norm.weight, eps=self.norm.variance_epsilon)
         return g, None if chosen is None else chosen[at.step.cu_seqlens_q[1:].long() - 1]

@@ -16,7 +16,7 @@ from glm5_hal.backends import cuda
 from glm5_hal.backends.cuda import device
 from glm5_hal.errors import HalError
 from glm5_hal.explanation import explain
-from glm5_hal.ops._common import precision
+from glm5_hal.ops._common import products as shared
 
 
 @pytest.fixture
@@ -199,17 +199,17 @@ def test_without_a_gpu_explain_says_what_is_missing() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_its_kernels_can_still_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "PRODUCTS", {})
+    monkeypatch.setattr(shared, "PRODUCTS", {})
     assert {"rms_norm", "sparse_mla"} <= {kernel.op for kernel in cuda.kernels()}
 
 
 def test_listing_them_leaves_the_products_of_another_vendors_device_alone(
     build: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "PRODUCTS", {})
+    monkeypatch.setattr(shared, "PRODUCTS", {})
     build("2.8.0+metax3.5.3.9", "MetaX C500", count=0)
     assert cuda.kernels()
-    assert precision.PRODUCTS == {}
+    assert shared.PRODUCTS == {}
 
 
 LIGHT = """

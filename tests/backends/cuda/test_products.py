@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glm5_hal.backends.cuda import products
-from glm5_hal.ops._common import precision
+from glm5_hal.ops._common import products as shared
 
 HALF = (torch.bfloat16, torch.float16)
 SWITCHES = torch.backends.cuda.matmul
@@ -101,7 +101,7 @@ def test_an_older_torch_multiplies_in_fp32_unless_it_may_not_round_on_the_way(
 
 
 def test_no_switch_is_touched(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "PRODUCTS", {})
+    monkeypatch.setattr(shared, "PRODUCTS", {})
     before = switches()
     products.install()
     products.accumulated(torch.ones(2, 3).bfloat16(), torch.ones(3, 2).bfloat16())
@@ -109,11 +109,11 @@ def test_no_switch_is_touched(calls: list[Any], monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_product_of_the_ops_on_such_a_device_is_one_of_these(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "PRODUCTS", {})
+    monkeypatch.setattr(shared, "PRODUCTS", {})
     products.install()
-    assert {"cuda": products.accumulated} == precision.PRODUCTS
-    monkeypatch.setattr(precision, "PRODUCTS", {"cpu": lambda a, b: a @ b + 1})
+    assert {"cuda": products.accumulated} == shared.PRODUCTS
+    monkeypatch.setattr(shared, "PRODUCTS", {"cpu": lambda a, b: a @ b + 1})
     a, out = torch.ones(2, 3), torch.empty(2, 2)
-    assert (precision.linear(a, a) == 4).all()
-    assert precision.multiply(a, a.T, out) is out
+    assert (shared.linear(a, a) == 4).all()
+    assert shared.multiply(a, a.T, out) is out
     assert (out == 4).all()
