@@ -18,7 +18,7 @@ from glm5_hal.backend import Kernel, kernel
 from glm5_hal.capability import dtype, when
 from glm5_hal.plan import host_list
 
-#: Heads that are widened at a time, which bounds the memory of it.
+#: Heads that are widened at a time: few, so that the buffers are ones that the allocator keeps (below 32 MB).
 HEADS = 4
 
 _flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)

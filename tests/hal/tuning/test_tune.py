@@ -23,7 +23,7 @@ from glm5_hal.ops import specs
 from glm5_hal.tuning import Tuned, tune
 from glm5_hal.tuning.sections import parsed
 
-TODAY = datetime.date.today().isoformat()
+TODAY = datetime.date(2026, 1, 31)
 DEVICE = Device("cpu", "Acme One", "acme1", evidence="simulated", versions={"driver": "1.2", "triton": "3.2.0"})
 SOURCE = f"Acme One, driver 1.2, triton 3.2.0, {TODAY}"
 FILE = """\
@@ -34,6 +34,18 @@ source = "untuned"
 num_warps = 3
 """
 SIZES = {"rms_norm": {"BLOCK": 16, "num_warps": 4}, "rope": {"num_warps": 4}}
+
+
+class Calendar(datetime.date):
+    @classmethod
+    def today(cls) -> datetime.date:
+        return TODAY
+
+
+@pytest.fixture(autouse=True)
+def _one_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of the tests may cross midnight."""
+    monkeypatch.setattr(datetime, "date", Calendar)
 
 
 class Acme:
