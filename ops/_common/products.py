@@ -4,7 +4,6 @@ integrations."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -90,13 +89,7 @@ def _bags(a: Tensor, b: Tensor) -> Tensor:
     weighs a bag of them. Their kernel sums in fp32 and reads the weights at the speed of memory, half as fast again as
     a batch of products; in float16, ten times as fast."""
     (H, m, K), N = a.shape, b.shape[2]
-    rows, starts = _rows_of_bags(H, m, K)
+    rows = torch.arange(H * K, dtype=torch.int32, device=a.device).view(H, 1, K).expand(H, m, K).reshape(-1)
+    starts = torch.arange(0, H * m * K, K, dtype=torch.int32, device=a.device)
     weighed = a.reshape(-1)
     return embedding_bag(rows, b.view(H * K, N), starts, mode="sum", per_sample_weights=weighed).view(H, m, N)
-
-
-@lru_cache(maxsize=16)
-def _rows_of_bags(H: int, m: int, K: int) -> tuple[Tensor, Tensor]:
-    """Which of ``H·K`` rows each of ``H·m`` bags takes, and where it starts: int32."""
-    rows = torch.arange(H * K, dtype=torch.int32).view(H, 1, K).expand(H, m, K)
-    return rows.reshape(-1), torch.arange(0, H * m * K, K, dtype=torch.int32)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glm5_hal.backends._torch.moe import grouped_gemm
@@ -162,6 +163,15 @@ def test_bags_accumulate_in_float32_and_lose_no_nan(dtype: torch.dtype) -> None:
     assert (multiply(q, weights).double() - 3.0).abs().max() < 2e-2
     q[..., 7], weights[0, 7, 3] = 0.0, torch.nan
     assert multiply(q, weights).isnan().nonzero().tolist() == [[0, 0, 3]]
+
+
+@x86
+def test_nothing_is_kept_from_a_product_of_made_up_tensors() -> None:
+    """Of a first call under a fake mode, or with another default device, nothing may reach the next one."""
+    with FakeTensorMode(), torch.device("meta"):
+        multiply(torch.empty(8, 1, 112, device="cpu"), torch.empty(8, 112, 512, device="cpu"))
+    q, heads = torch.randn(8, 1, 112), torch.randn(8, 112, 512)
+    assert torch.allclose(multiply(q, heads), q @ heads, atol=1e-4)
 
 
 @x86
