@@ -98,6 +98,8 @@ def _show(found: Found, targets: Sequence[str], problems: Sequence[str], head: d
         console.print(table(found.kernels, targets))
     for problem in problems:
         console.print(Text(problem, style="red"))
+    if crashes := sum(kernel["crashes"] for kernel in found.kernels):
+        console.print(f"the compiler crashed {crashes} times, and compiled when it was run again", style="yellow")
     took = f"in {head['seconds']:.0f} s ({head['cpu_seconds']:.0f} s of CPU)"
     done = f"{len(found.kernels)} forms of kernels from {sum(found.taken.values())} calls {took}"
     console.print(f"evidence compiled, Triton {head['triton']}: {done}; {len(problems) or 'no'} broken gates")

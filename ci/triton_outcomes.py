@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
+
+#: Of one compilation whose compiler crashes.
+TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,7 @@ class Resources:
         scalars_spilled: registers of a wavefront that lie in lanes of others; no memory is used for them.
         shared: bytes of shared memory of a program.
         matrix: the instructions that multiply matrices, "" where there are none.
+        crashes: how often its compiler was killed by a signal before it compiled.
     """
 
     kernel: str
@@ -31,6 +37,7 @@ class Resources:
     matrix: str = ""
     num_warps: int = 0
     num_stages: int = 0
+    crashes: int = 0
 
 
 def on_failure(failed: Callable[[str, Exception], None]) -> None:
@@ -48,6 +55,25 @@ def on_failure(failed: Callable[[str, Exception], None]) -> None:
             return failed(self.fn.__name__, problem)
 
     JITFunction.run = run
+
+
+def outliving(compiler: Callable[[], Any]) -> tuple[Any, int]:
+    """What a compiler in a process of its own makes, and how often it crashed before.
+
+    triton-ascend 3.2.0 reads memory that it has freed: of some kernels about one run in a hundred ends with a signal
+    and the next run of the same kernel does not. An error that the compiler reports is not tried again.
+
+    Raises:
+        RuntimeError: it crashed every time.
+    """
+    for crashes in range(TRIES):
+        try:
+            return compiler(), crashes
+        except subprocess.CalledProcessError as problem:
+            if problem.returncode >= 0:
+                raise
+            how = signal.Signals(-problem.returncode).name
+    raise RuntimeError(f"its compiler crashed {TRIES} times of {TRIES}, at last by {how}")
 
 
 def words(problem: Exception) -> str:

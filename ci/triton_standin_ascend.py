@@ -15,7 +15,7 @@ from triton.backends.ascend.compiler import _parse_linalg_metadata
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
-from triton_outcomes import Resources
+from triton_outcomes import Resources, outliving
 
 
 class StandIn(DriverBase):  # type: ignore[misc]
@@ -69,12 +69,18 @@ def on_compile(found: Callable[[Resources], None]) -> None:
     def without_binary(self: Any, stages: dict[str, Any], options: Any) -> None:
         add_stages(self, stages, options)
         started = time.monotonic()
+        lower, crashed = stages["ttadapter"], 0
 
-        def lowered(linalg: str, metadata: dict[str, Any]) -> bytes:
+        def lowered(ttir: Any, metadata: dict[str, Any]) -> str:
+            nonlocal crashed
+            linalg, crashed = outliving(lambda: lower(ttir, metadata))
+            return str(linalg)
+
+        def read(linalg: str, metadata: dict[str, Any]) -> bytes:
             _parse_linalg_metadata(linalg, metadata)
-            found(Resources(metadata["kernel_name"], round(time.monotonic() - started, 3)))
+            found(Resources(metadata["kernel_name"], round(time.monotonic() - started, 3), crashes=crashed))
             return b""
 
-        stages["npubin"] = lowered
+        stages.update(ttadapter=lowered, npubin=read)
 
     backend.add_stages = without_binary

@@ -42,6 +42,14 @@ def budgets(monkeypatch: pytest.MonkeyPatch) -> Any:
     return triton_budgets
 
 
+@pytest.fixture
+def outcomes(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "ci"))
+    import triton_outcomes
+
+    return triton_outcomes
+
+
 def test_every_target_is_compiled_for_whatever_the_environment_says(job: Job) -> None:
     done = job()
     report = json.loads(done.stdout)
@@ -82,6 +90,42 @@ def test_what_is_not_there_is_a_usage_error(args: tuple[str, str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
+
+
+def compiler(folder: Path, crashes: int, *, code: int = 0) -> Callable[[], str]:
+    """One in a process of its own, that is killed when it first runs."""
+    tried = folder / "tried"
+    script = f"""
+import os, signal, sys
+with open({str(tried)!r}, "a+") as tried:
+    tried.write("x")
+    if tried.tell() <= {crashes}:
+        os.kill(os.getpid(), signal.SIGSEGV)
+print("linalg", end="")
+sys.exit({code})
+"""
+
+    def run() -> str:
+        return subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+
+    return run
+
+
+def test_a_compiler_that_crashes_is_run_again_and_its_crashes_are_counted(outcomes: Any, tmp_path: Path) -> None:
+    assert outcomes.outliving(compiler(tmp_path, 0)) == ("linalg", 0)
+    (tmp_path / "tried").unlink()
+    assert outcomes.outliving(compiler(tmp_path, 2)) == ("linalg", 2)
+
+
+def test_one_that_always_crashes_fails_and_says_how(outcomes: Any, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="crashed 4 times of 4, at last by SIGSEGV"):
+        outcomes.outliving(compiler(tmp_path, 99))
+
+
+def test_an_error_of_the_compiler_is_not_tried_again(outcomes: Any, tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        outcomes.outliving(compiler(tmp_path, 0, code=1))
+    assert (tmp_path / "tried").read_text() == "x"
 
 
 def kernel(**changed: Any) -> dict[str, Any]:
