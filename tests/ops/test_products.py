@@ -97,6 +97,19 @@ x86 = pytest.mark.skipif(
 )
 
 
+class Rows(TorchDispatchMode):
+    """How many rows each product of two matrices had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.mm:
+            self.rows.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
 def used(call: Callable[[], Any]) -> list[str]:
     with Products() as seen:
         call()
@@ -131,6 +144,22 @@ def test_large_float32_weights_go_to_onednn_unless_it_would_be_slow_or_not_be_se
         assert used(lambda: linear(x, weight)) == ["mm"]
     finally:
         torch._C._set_mkldnn_enabled(True)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="torch multiplies it without oneDNN")
+@x86
+@pytest.mark.parametrize("into", [False, True], ids=["new", "out"])
+def test_one_row_of_bfloat16_is_multiplied_twice_over_huge_weights_alone(into: bool) -> None:
+    x, weight = numbers(3, 2048, dtype=torch.bfloat16), numbers(1024, 2048, dtype=torch.bfloat16)
+    out = torch.full((1, 1024), 77.0, dtype=torch.bfloat16) if into else None
+    with Rows() as seen:
+        made = multiply(x[1:2], weight.T, out)
+        linear(x[1:2], weight[:1023])
+        linear(x[:2], weight)
+    assert seen.rows == [2, 1, 2]
+    assert made.shape == (1, 1024)
+    assert torch.equal(made, (x @ weight.T)[1:2])
+    assert out is None or made.data_ptr() == out.data_ptr()
 
 
 def test_more_dims_than_two_are_rows() -> None:
