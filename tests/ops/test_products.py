@@ -43,7 +43,7 @@ def test_half_precision_accumulates_in_float32(rows: int) -> None:
 
 
 class Products(TorchDispatchMode):
-    """Which functions multiplied matrices, and in which dtypes."""
+    """Which functions multiplied matrices, in which dtypes, and how many rows."""
 
     NAMES = ("mm", "bmm", "_linear_pointwise", "_embedding_bag_forward_only")
 
@@ -51,12 +51,14 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
         self.dtypes: list[torch.dtype] = []
+        self.rows: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in self.NAMES:
             self.names.append(name)
             self.dtypes.append(args[0].dtype)
+            self.rows.append(args[0].shape[-2])
         return func(*args, **(kwargs or {}))
 
 
@@ -95,19 +97,6 @@ def test_grouped_gemm_has_the_same_rule() -> None:
 x86 = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="a CPU without AVX2 has torch's products"
 )
-
-
-class Rows(TorchDispatchMode):
-    """How many rows each product of two matrices had."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket is torch.ops.aten.mm:
-            self.rows.append(len(args[0]))
-        return func(*args, **(kwargs or {}))
 
 
 def used(call: Callable[[], Any]) -> list[str]:
@@ -152,7 +141,7 @@ def test_large_float32_weights_go_to_onednn_unless_it_would_be_slow_or_not_be_se
 def test_one_row_of_bfloat16_is_multiplied_twice_over_huge_weights_alone(into: bool) -> None:
     x, weight = numbers(3, 2048, dtype=torch.bfloat16), numbers(1024, 2048, dtype=torch.bfloat16)
     out = torch.full((1, 1024), 77.0, dtype=torch.bfloat16) if into else None
-    with Rows() as seen:
+    with Products() as seen:
         made = multiply(x[1:2], weight.T, out)
         linear(x[1:2], weight[:1023])
         linear(x[:2], weight)
