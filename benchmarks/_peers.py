@@ -118,18 +118,19 @@ def _fi_topk(args: Args) -> Call:
 
 
 def _fi_decode(args: Args) -> Call:
-    """Over requests that are all as long as the block table. It keeps parts of a sum in the storage dtype."""
+    """FlashInfer 0.7 or newer. It keeps parts of a sum in the storage dtype."""
     library = import_module("flashinfer.mla")
     _only(args, "latent_576")
-    q, L, table, cache = args["q"], args["kv_lora_rank"], args["block_table"], args["kv_cache"]
-    room = torch.empty(128 << 20, dtype=torch.int8, device=q.device)
-    wrapper, starts = library.BatchMLAPagedAttentionWrapper(room), torch.arange(len(table) + 1, device=q.device).int()
+    q, L, cache = args["q"], args["kv_lora_rank"], args["kv_cache"]
+    wrapper = library.BatchMLAPagedAttentionWrapper(torch.empty(128 << 20, dtype=torch.int8, device=q.device))
     wrapper.plan(
-        args["cu_seqlens_q"], starts * table.shape[1], table.flatten(), args["seq_lens"], q.shape[1], L,
-        q.shape[2] - L, cache.shape[1], True, args["scale"], q.dtype, cache.dtype,
+        metadata=library.MLAPlanMetadata.dense(args["cu_seqlens_q"], args["block_table"], args["seq_lens"]),
+        num_heads=q.shape[1], head_dim_ckv=L, head_dim_kpe=q.shape[2] - L, page_size=cache.shape[1], causal=True,
+        sm_scale=args["scale"], q_data_type=q.dtype, kv_data_type=cache.dtype, query_layout="split",
+        kv_cache_layout="split", lse_mode="base2",
     )  # fmt: skip
-    parts = (q[..., :L], q[..., L:], cache[..., :L], cache[..., L:])
-    return lambda: wrapper.run(*parts, return_lse=True)
+    query, keys = (q[..., :L], q[..., L:]), (cache[..., :L], cache[..., L:])
+    return lambda: wrapper.run(query=query, kv_cache=keys, return_lse=True)
 
 
 # --- vLLM ------------------------------------------------------------------------------------------------------------
@@ -151,13 +152,29 @@ def _vllm_silu(args: Args) -> Call:
     return lambda: torch.ops._C.silu_and_mul(out, args["x"])
 
 
+def _vllm_decode(args: Args) -> Call:
+    """Its Triton backend for MLA, without what that allocates and fills every time."""
+    library = import_module("vllm.v1.attention.ops.triton_decode_attention")
+    _only(args, "latent_576")
+    q, L, table, lens = args["q"], args["kv_lora_rank"], args["block_table"], args["seq_lens"]
+    keys, (B, H) = args["kv_cache"].unsqueeze(2), q.shape[:2]
+    cores = torch.cuda.get_device_properties(q.device).multi_processor_count
+    splits = min(1 << (max(1, int(lens.max()) // 512) - 1).bit_length(), 2 * cores)
+    out, lse = q.new_empty(B, H, L), q.new_empty(B, H)
+    parts, one = q.new_empty(B, H, splits, L + 1, dtype=torch.float32), q.new_ones((), dtype=torch.float32)
+    return lambda: library.decode_attention_fwd(
+        q, keys, keys[..., :L], out, lse, table, lens, parts, splits, args["scale"], keys.shape[1],
+        k_scale=one, v_scale=one, is_mla=True,
+    )  # fmt: skip
+
+
 PEERS: dict[str, dict[str, Callable[[Args], Call]]] = {
     "rms_norm": {"torch rms_norm": _rms_norm, "flashinfer": _fi_norm, "vllm": _vllm_norm},
     "add_rms_norm": {"torch rms_norm": _add_rms_norm, "flashinfer": _fi_add_norm, "vllm": _vllm_add_norm},
     "silu_and_mul": {"torch silu": _silu, "flashinfer": _fi_silu, "vllm": _vllm_silu},
     "topk_indices": {"torch topk": _topk, "flashinfer": _fi_topk},
     "mla_prefill": {"torch sdpa": _sdpa_prefill},
-    "mla_decode": {"torch sdpa": _sdpa_decode, "flashinfer": _fi_decode},
+    "mla_decode": {"torch sdpa": _sdpa_decode, "flashinfer": _fi_decode, "vllm triton": _vllm_decode},
     "sparse_mla": {"gather + sdpa": _sdpa_sparse},
     "grouped_gemm": {"torch grouped_mm": _grouped_mm},
 }

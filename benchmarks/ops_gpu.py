@@ -6,7 +6,8 @@ first line says how fast the card copied, multiplied and launched in this very r
 of its flops over the measured matrix rate, its bytes over the measured copy rate (both of the op's ``cost``), and its
 launches times the time of an empty one. Rows are shown as they come; ``--out`` keeps them as they come, too.
 
-    python benchmarks/ops_gpu.py [--backend cuda] [--op GLOB] [--loads serving|tuned] [--seconds S] [--json] [--out F]
+    python benchmarks/ops_gpu.py [--backend cuda] [--op GLOB] [--provider GLOB] [--loads serving|tuned] [--seconds S]
+                                 [--json] [--out F]
 
 Exit code 3 where there is no such device.
 """
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--op", default="*", help="only ops that match")
+    parser.add_argument("--provider", default="*", help="only providers that match")
     parser.add_argument("--loads", choices=("serving", "tuned"), default="serving", help="tuned: half as many")
     parser.add_argument("--seconds", type=float, default=0.1, help="time budget of one kernel at one call")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -88,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HalError as problem:
         print(f"error {problem}", file=sys.stderr)
         return 3
+    providers = _providers(options.backend, options.provider)
+    if not providers:
+        known = ", ".join(_providers(options.backend, "*"))
+        parser.error(f"no provider of {options.backend} matches {options.provider!r}; there are {known}")
     torch.manual_seed(0)
     with torch.inference_mode():
         limits = _limits(device.type, options.seconds)
@@ -95,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not options.json:
             _show_head(device, limits)
         rows = []
-        for row in _rows(options, device, limits):
+        for row in _rows(options, providers, device, limits):
             rows.append({**asdict(row), "of_limit": 0.0 if row.skipped else row.of_limit})
             if options.out:
                 with options.out.open("a", encoding="utf-8") as file:
@@ -151,8 +157,12 @@ def _launches(call: Call, device: str) -> int:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(options: Any, device: Device, limits: Limits) -> Iterator[Row]:
-    providers = [p for p in context.catalogue().providers(options.backend) or () if p not in ("reference", "composite")]
+def _providers(backend: str, pattern: str) -> list[str]:
+    known = (p for p in context.catalogue().providers(backend) or () if p not in ("reference", "composite"))
+    return [p for p in known if fnmatch.fnmatch(p, pattern)]
+
+
+def _rows(options: Any, providers: Sequence[str], device: Device, limits: Limits) -> Iterator[Row]:
     loads = SERVING if options.loads == "serving" else TUNED
     for call in workloads(loads, WIDTHS):
         if fnmatch.fnmatch(call.op, options.op):

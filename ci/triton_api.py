@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "backends/_triton"
 NAMES = Path(__file__).with_name("triton_api_3.2.txt")
 
-#: Globs of names that Triton 3.2 has, and why a kernel for every chip does not use them.
+#: Globs of names that Triton 3.2 has, and why a kernel for every chip does not use them. A chip's own form of something
+#: may, under an `if` of the constant that says that the chip has it (OWN).
 REFUSED = {
     "tl.float8*": "not every chip's compiler has fp8: decode the bytes, as rows.py does",
     "tl.float64": "not every chip has float64: accumulate in float32",
@@ -36,6 +37,10 @@ REFUSED = {
     "triton.autotune": "block sizes are data: see tuning.py",
     "triton.Config": "block sizes are data: see tuning.py",
 }
+
+
+#: Constants of kernels, and what is allowed under an `if` of theirs.
+OWN = {"FP8": "tl.float8e4nv"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ def check(file: Path, names: Names) -> list[Problem]:
     inside = {node for kernel in _kernels(tree, modules) for node in ast.walk(kernel)}
     calls = {node.func: node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     parts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    own = {node for branch in _own(tree) for node in branch}
     problems = []
     for node in ast.walk(tree):
         found: Iterator[str] = iter(())
@@ -78,12 +84,21 @@ def check(file: Path, names: Names) -> list[Problem]:
             )
         elif isinstance(node, (ast.Attribute, ast.Name)) and node not in parts:
             name = _dotted(node, modules)
+            if name in OWN.values() and node in own:
+                continue
             if name is not None:
                 found = _wrong(name, calls.get(node), names)
             elif node in inside:
                 found = _member(node, calls.get(node), others, names)
         problems += [Problem(file, node.lineno, what) for what in found]
     return sorted(problems, key=lambda problem: problem.line)
+
+
+def _own(tree: ast.AST) -> Iterator[Iterator[ast.AST]]:
+    """What lies under an `if` of a chip's constant."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id in OWN:
+            yield (inner for line in node.body for inner in ast.walk(line))
 
 
 def _imported(tree: ast.AST) -> tuple[dict[str, str], set[str]]:

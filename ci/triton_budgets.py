@@ -19,7 +19,8 @@ FILE = Path(__file__).with_name("triton_budgets.toml")
 
 @dataclass(frozen=True)
 class Target:
-    """A chip: how Triton calls it, the bytes of shared memory that one program may have, its vendor's tuning file."""
+    """A chip: how Triton calls it, the bytes of shared memory that one program may have, its vendor's tuning file, and
+    the module of kernels that are for this chip alone."""
 
     name: str
     backend: str
@@ -27,6 +28,7 @@ class Target:
     warp_size: int
     shared: int = 0
     tuning: str = ""
+    own: str = ""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from triton_budgets import Target
 
 if TYPE_CHECKING:
     from glm5_hal.backend import Kernel
+    from glm5_hal.backends._triton.tuning import Tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,7 +86,8 @@ def compiled(unit: Unit) -> Found:
         # A device of its own, for a kernel that two ops share is both ops', whatever this process compiled before.
         standin.stand_in(target.backend, target.arch, target.warp_size, next(_DEVICES))
         files = [ROOT / target.tuning] if target.tuning and (ROOT / target.tuning).exists() else []
-        kernels = _triton.kernels(tuning(target.name, *files))
+        tuned = tuning(target.name, *files)
+        kernels = (*_triton.kernels(tuned), *_own(target, tuned))
         for kernel in (kernel for kernel in kernels if kernel.op == unit.op):
             about = {"target": target.name, "op": kernel.op, "provider": kernel.provider, "dtype": unit.dtype}
             taken = [(call, args) for call, args in given if triton_calls.takes(kernel, args, Facts(arch=target.name))]
@@ -95,6 +97,14 @@ def compiled(unit: Unit) -> Found:
                 found.kernels += [{**about, "call": call, **one} for one in new]
                 new.clear()
     return found
+
+
+def _own(target: Target, tuned: Tuning) -> Iterator[Kernel]:
+    from glm5_hal.backends._triton.declare import Declared
+
+    if target.own:
+        declared = vars(import_module(target.own)).values()
+        yield from (one.bound(tuned) for one in declared if isinstance(one, Declared))
 
 
 def _made(kernel: Kernel, args: Mapping[str, Any]) -> Iterator[str]:

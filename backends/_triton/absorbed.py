@@ -1,13 +1,13 @@
 """Attention of single tokens over rows of a latent cache, in the absorbed form: what dense and sparse have in common.
 
 A program takes some heads of one token over one part of its keys; a tile of latents is keys and values at once.
-
 Legend: T tokens, H heads, m heads of a program, n keys of a tile, L latent width, R rope width, K indices per token.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 import triton
@@ -39,18 +39,22 @@ def attend(
     cache_format: str,
     *,
     invariant: bool,
+    forward: Forward | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``out [T, H, L]`` and ``lse [T, H]`` over the keys that ``indices`` name, or over all that each token sees."""
     (T, H, W), (B, M), page = q.shape, block_table.shape, kv_cache.shape[1]
     out, lse = q.new_empty(T, H, L), q.new_empty(T, H, dtype=torch.float32)
     held = rows.fields(FORMATS[cache_format], bytes_of.held(kv_cache, rope_cache), L)
     chosen = block_table if indices is None else indices  # a pointer that is not read
-    kind, sizes = held.compute(q.dtype), dict(tuning[op])
-    BLOCK_H = min(sizes.pop("BLOCK_H"), max(triton.next_power_of_2(H), 16))
-    if held.group or kind == tl.float32:  # quantised rows become fp32 first
-        sizes["BLOCK_N"] = max(sizes["BLOCK_N"] // 2, 16)
+    kernel, held, fixed = forward(held) if forward else (_attend, held, {})
+    kind = held.compute(q.dtype)
+    sizes = tuning.products(op, size := kind.primitive_bitwidth // 8)
+    BLOCK_H = fixed.get("BLOCK_H", min(sizes.pop("BLOCK_H"), max(triton.next_power_of_2(H), 16)))
+    quantised = sizes.pop("BLOCK_N_QUANTISED")
+    sizes["BLOCK_N"] = quantised if held.group else max(sizes["BLOCK_N"] * 2 // size, 16)
     if held.group and kind == tl.float32:  # more of them at once would not fit the registers
         sizes["num_stages"] = 1
+    sizes.update((name, block) for name, block in fixed.items() if name != "BLOCK_H")
     keys = M * page if indices is None else indices.shape[1]
     splits = Splits.of(sizes, T * triton.cdiv(H, BLOCK_H), keys, invariant)
     merging = {name: sizes.pop(name) for name in ("MERGE_S", "MERGE_L")}
@@ -62,11 +66,11 @@ def attend(
     for first, tokens, sums, bounds in splits.launches(out):
         grid = (tokens * triton.cdiv(H, BLOCK_H), splits.grid)
         launch(
-            _attend, grid, q, q, *q.stride(), chosen, *chosen.stride(), block_table, *block_table.stride(),
+            kernel, grid, q, q, *q.stride(), chosen, *chosen.stride(), block_table, *block_table.stride(),
             lengths, offsets, *held.args, out, lse, sums, bounds,
             B, keys, first, tokens * H, splits.grid, splits.most, H, scale * math.log2(math.e),
             PAGE=page, R=W - L, BLOCK_H=BLOCK_H, BLOCK_L=triton.next_power_of_2(max(L, 16)),
-            BLOCK_R=triton.next_power_of_2(max(W - L, 16)), GROUP=held.group, TYPE=kind,
+            BLOCK_R=triton.next_power_of_2(max(W - L, 16)), GROUP=held.group, TYPE=kind, FP8=tuning.fp8,
             **shared, **sizes,
         )  # fmt: skip
         if splits.grid > 1:
@@ -84,7 +88,7 @@ def _attend(
     out, lse, sums, bounds, B, K, first, rows, room, most, H, scale,
     PAGE: tl.constexpr, L: tl.constexpr, R: tl.constexpr, CHOSEN: tl.constexpr, LEAST: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr, TYPE: tl.constexpr, INDEX: tl.constexpr,
+    GROUP: tl.constexpr, TYPE: tl.constexpr, FP8: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     blocks = (H + BLOCK_H - 1) // BLOCK_H
     local, split = tl.program_id(0) // blocks, tl.program_id(1)
@@ -115,21 +119,19 @@ def _attend(
     peak = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_H,), tl.float32)
     sums_L = tl.zeros((BLOCK_H, BLOCK_L), tl.float32)
-    for key in range(start, stop, BLOCK_N):
-        i = key + tl.arange(0, BLOCK_N)
-        some, place = i < stop, i
-        if CHOSEN:
-            place = tl.load(chosen + i * chosen_col, mask=some, other=-1)
-            some = place >= 0
-        page = tl.load(table + place // PAGE * table_col, mask=some, other=0).to(INDEX)
-        slot = place % PAGE
-        values = latent_rows(
-            latent, latent_page, latent_row, scales, scale_page, scale_row, page, slot, some, L, BLOCK_L, GROUP, TYPE
-        )
-        ropes = rope_rows(rope, rope_page, rope_row, page, slot, some, R, BLOCK_R, GROUP, TYPE)
-        scores = tl.dot(q_latent, tl.trans(values), input_precision="ieee")
-        scores = tl.dot(q_rope, tl.trans(ropes), scores, input_precision="ieee")
-        peak, total, sums_L = seen(peak, total, sums_L, tl.where(some[None, :], scores * scale, float("-inf")), values)
+    whole = start
+    if not CHOSEN:  # tiles that are full need no mask
+        whole = tl.maximum(start, stop // BLOCK_N * BLOCK_N)
+        peak, total, sums_L = _over(
+            peak, total, sums_L, q_latent, q_rope, start, whole, chosen, chosen_col, table, table_col,
+            latent, latent_page, latent_row, rope, rope_page, rope_row, scales, scale_page, scale_row, scale,
+            PAGE, L, R, False, False, BLOCK_N, BLOCK_L, BLOCK_R, GROUP, TYPE, FP8, INDEX,
+        )  # fmt: skip
+    peak, total, sums_L = _over(
+        peak, total, sums_L, q_latent, q_rope, whole, stop, chosen, chosen_col, table, table_col,
+        latent, latent_page, latent_row, rope, rope_page, rope_row, scales, scale_page, scale_row, scale,
+        PAGE, L, R, CHOSEN, True, BLOCK_N, BLOCK_L, BLOCK_R, GROUP, TYPE, FP8, INDEX,
+    )  # fmt: skip
 
     if size >= keys:  # the only part
         to = token.to(INDEX) * H + head
@@ -144,6 +146,46 @@ def _attend(
 
 
 @triton.jit
+def _over(
+    peak, total, sums_L, q_latent, q_rope, start, stop, chosen, chosen_col, table, table_col,
+    latent, latent_page, latent_row, rope, rope_page, rope_row, scales, scale_page, scale_row, scale,
+    PAGE: tl.constexpr, L: tl.constexpr, R: tl.constexpr, CHOSEN: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, TYPE: tl.constexpr,
+    FP8: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """The state after keys (or the keys that indices name) start to stop, in tiles that begin at multiples of their
+    size. Where pages are made of whole tiles, a tile has one page."""
+    n = tl.arange(0, BLOCK_N)
+    for key in range(start, stop, BLOCK_N):
+        i = key + n
+        some = tl.full((BLOCK_N,), True, tl.int1)
+        if MASKED:
+            some = i < stop
+        if CHOSEN or PAGE % BLOCK_N:
+            place = i
+            if CHOSEN:
+                place = tl.load(chosen + i * chosen_col, mask=some, other=-1)
+                some = place >= 0
+            page = tl.load(table + place // PAGE * table_col, mask=some, other=0).to(INDEX)
+            slot = place % PAGE
+            row, row_scale = page * latent_page + slot * latent_row, page * scale_page + slot * scale_row
+            row_rope = page * rope_page + slot * rope_row
+            in_latent, in_scales, in_rope = latent, scales, rope
+        else:
+            page = tl.load(table + key // PAGE * table_col).to(INDEX)
+            slot = key % PAGE + n
+            row, row_scale, row_rope = slot * latent_row, slot * scale_row, slot * rope_row
+            in_latent, in_scales = latent + page * latent_page, scales + page * scale_page
+            in_rope = rope + page * rope_page
+        values = latent_rows(in_latent, row, in_scales, row_scale, some, L, BLOCK_L, GROUP, TYPE, FP8)
+        scores = tl.dot(q_latent, tl.trans(values), input_precision="ieee")
+        ropes = rope_rows(in_rope, row_rope, some, R, BLOCK_R, GROUP, TYPE)
+        scores = tl.dot(q_rope, tl.trans(ropes), scores, input_precision="ieee")
+        peak, total, sums_L = seen(peak, total, sums_L, scores, scale, some, values, MASKED)
+    return peak, total, sums_L
+
+
+@triton.jit
 def _last(chosen, chosen_col, start, stop, STEP: tl.constexpr):
     """Where the indices start..stop of a token end, without the -1 behind them all; ``start`` where all are -1."""
     last = start
@@ -152,3 +194,7 @@ def _last(chosen, chosen_col, start, stop, STEP: tl.constexpr):
         index = tl.load(chosen + i * chosen_col, mask=i < stop, other=-1)
         last = tl.maximum(last, tl.max(tl.where(index >= 0, i + 1, 0), 0))
     return last
+
+
+#: Another kernel with the parameters of `_attend`, for such caches: what it takes for them, and its fixed block sizes.
+Forward = Callable[[rows.Fields], tuple[object, rows.Fields, Mapping[str, int]]]

@@ -81,7 +81,7 @@ def _tiles(tuning: Tuning, op: str, M: int, N: int, C: int, E: int, x: Tensor) -
     Each expert's last block may be partly filled, as may be that of the rows beyond: there are at most
     ceil(M / BLOCK_M) + min(E, M - 1) blocks of rows, wherever the offsets lie.
     """
-    sizes = dict(tuning[op])
+    sizes = tuning.products(op, x.itemsize)
     for name, width in (("BLOCK_N", N), ("BLOCK_K", C)):
         sizes[name] = max(16, min(sizes[name] * 2 // x.itemsize, triton.next_power_of_2(width)))
     row_blocks = triton.cdiv(M, sizes["BLOCK_M"]) + min(E, max(M - 1, 0))

@@ -65,33 +65,30 @@ def _bits(field: Tensor, dtype: torch.dtype, aligned: int) -> Tensor:
 
 @triton.jit
 def latent_rows(
-    latent, latent_page, latent_row, scale, scale_page, scale_row,
-    page, slot, some, L,
-    BLOCK_L: tl.constexpr, GROUP: tl.constexpr, TYPE: tl.constexpr,
+    latent, at, scale, at_scale, some,
+    L: tl.constexpr, BLOCK_L: tl.constexpr, GROUP: tl.constexpr, TYPE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
-    """The rows ``slot [n]`` of pages ``page [n]`` as numbers [n, BLOCK_L] of TYPE, 0 where not ``some [n]``."""
+    """The rows that lie at ``at [n]``, with their scales at ``at_scale [n]``, as numbers [n, BLOCK_L] of TYPE; 0 where
+    not ``some [n]``, and from column L on."""
     col = tl.arange(0, BLOCK_L)
-    at = page * latent_page + slot * latent_row
-    here = some[:, None] & (col < L)[None, :]
+    here = some[:, None]
+    if L % BLOCK_L:
+        here = here & (col < L)[None, :]
     raw = tl.load(latent + at[:, None] + col[None, :], mask=here, other=0)
     if GROUP == 0:  # and else, not an early return: what follows one is compiled too
         values = raw
     else:
         group = tl.arange(0, BLOCK_L // GROUP)
-        first = (page * scale_page + slot * scale_row)[:, None]
-        scales = _number32(scale, first, group[None, :], some[:, None] & (group * GROUP < L)[None, :])
-        values = tl.reshape(_e4m3(raw), (page.shape[0], BLOCK_L // GROUP, GROUP)) * scales[:, :, None]
-        values = tl.reshape(values, (page.shape[0], BLOCK_L))
+        scales = _number32(scale, at_scale[:, None], group[None, :], some[:, None] & (group * GROUP < L)[None, :])
+        values = tl.reshape(_e4m3(raw, FP8), (at.shape[0], BLOCK_L // GROUP, GROUP)) * scales[:, :, None]
+        values = tl.reshape(values, (at.shape[0], BLOCK_L))
     return values.to(TYPE)
 
 
 @triton.jit
-def rope_rows(
-    rope, rope_page, rope_row, page, slot, some, R, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, TYPE: tl.constexpr
-):
-    """The rope parts of these rows, [n, BLOCK_R] of TYPE."""
+def rope_rows(rope, at, some, R, BLOCK_R: tl.constexpr, GROUP: tl.constexpr, TYPE: tl.constexpr):
+    """The rope parts of rows, which begin at offsets ``at [n]``: [n, BLOCK_R] of TYPE."""
     col = tl.arange(0, BLOCK_R)
-    at = page * rope_page + slot * rope_row
     here = some[:, None] & (col < R)[None, :]
     if GROUP == 0:
         values = tl.load(rope + at[:, None] + col[None, :], mask=here, other=0)
@@ -149,9 +146,14 @@ def store16(field, first, i, bits, here):
 
 
 @triton.jit
-def _e4m3(codes):
-    """fp32 numbers of e4m3 codes: as float16, the bits of a code one byte higher are its value / 256."""
-    half = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & ~0x4000  # the sign had been extended over bit 14
-    # Only code 0x7F is all ones below its sign: one more carries into bit 14, and that bit makes it a NaN.
-    half |= ((half & 0x3F80) + 0x80) & 0x4000
-    return half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+def _e4m3(codes, FP8: tl.constexpr):
+    """fp32 numbers of e4m3 codes: by the chip, if FP8; else as float16, where the bits of a code one byte higher are
+    its value / 256."""
+    if FP8:
+        numbers = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        half = (codes.to(tl.int8, bitcast=True).to(tl.int16) << 7) & ~0x4000  # the sign had been extended over bit 14
+        # Only code 0x7F is all ones below its sign: one more carries into bit 14, and that bit makes it a NaN.
+        half |= ((half & 0x3F80) + 0x80) & 0x4000
+        numbers = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return numbers

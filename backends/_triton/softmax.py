@@ -68,14 +68,20 @@ def share(keys, most, LEAST: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def seen(peak, total, sums, scores, values):
-    """The state ``peak [m], total [m], sums [m, L]`` after a tile: ``scores [m, n]``, -inf for what is not seen, of
-    ``values [n, L]``."""
-    higher = tl.maximum(peak, tl.max(scores, 1))
+def seen(peak, total, sums, scores, scale, some, values, MASKED: tl.constexpr):
+    """The state ``peak [m], total [m], sums [m, L]`` after a tile: ``scores [m, n]``, still to be multiplied by
+    ``scale``, of ``values [n, L]``; only ``some [n]`` count if MASKED."""
+    scaled = scores * scale
+    if MASKED:
+        scaled = tl.where(some[None, :], scaled, float("-inf"))
+    higher = tl.maximum(peak, tl.max(scaled, 1))
     base = _finite(higher)
     shrink = tl.exp2(peak - base)
-    weights = tl.exp2(scores - base[:, None])
-    total = total * shrink + tl.sum(weights, 1)
+    # A key may come in a full tile or in one that is not, and counts the same: no fma that a compiler chose.
+    weights = tl.exp2(tl.fma(scores, scale, -base[:, None]))
+    if MASKED:
+        weights = tl.where(some[None, :], weights, 0.0)
+    total = tl.fma(total, shrink, tl.sum(weights, 1))
     sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
     return higher, total, sums
 

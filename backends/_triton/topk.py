@@ -1,11 +1,12 @@
 """Exact top-k with a total order: score descending, then index ascending.
 
 A score becomes an int32 key that sorts as scores do, and lies below them all where the score is not eligible. The key
-of the k-th place is found 8 bits at a time, from histograms; then the row is written down in order: what lies above
-that key, and of its equals the first ones, as many as there is room for. A row is read once if it fits a block.
+of the k-th place is found bit by bit, by counting the keys of a block that reach it; or 8 bits at a time, from
+histograms, where a row is read in several blocks. Then the row is written down in order: what lies above that key, and
+of its equals the first ones, as many as there is room for.
 
-Long rows of which there are few are cut into spans, a program each: every span gives its own best, in order, and the
-best are chosen again from these.
+Rows that do not fit a block, and long rows of which there are few, are cut into spans, a program each: every span gives
+its own best, in order, and the best are chosen again from these.
 
 Legend: T rows, n columns of a row, k how many to choose.
 """
@@ -30,6 +31,9 @@ BITS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 24}
 #: Columns of a block at least, as many as a program may have threads: of fewer columns threads hold copies, which
 #: histograms of Triton before 3.5 may count.
 LEAST = 1024
+
+#: Where blocks of a span begin: at multiples of this.
+ALIGNED = tl.constexpr(LEAST)
 
 #: What is not eligible, as a constant of kernels.
 NONE = tl.constexpr(-(2**31))
@@ -81,6 +85,8 @@ def _choose(tuning: Tuning, scores: Scores, best: Best | None, out: Tensor, out_
         n = known + width
         even = triton.cdiv(n, max(programs // max(T, 1), 1))
         span = triton.cdiv(max(even, least, 4 * top_k), LEAST) * LEAST
+        if 4 * top_k <= most:  # else so much of a block would be kept that cutting is in vain
+            span = min(span, max(most // LEAST, 1) * LEAST)
         parts = max(triton.cdiv(n, span), 1)
         block = min(most, max(LEAST, triton.next_power_of_2(min(span, n))))
         cut = Best(*(lengths.new_empty(T, parts * top_k) for _ in range(2))) if parts > 1 else None
@@ -99,7 +105,7 @@ def _choose(tuning: Tuning, scores: Scores, best: Best | None, out: Tensor, out_
         best, known, width, lengths, start, fresh = cut, 0, parts * top_k, counts, 0, False
 
 
-# One form for all numbers; and blocks that may begin anywhere are loaded as they are stored, column by thread.
+# One form for all numbers.
 @triton.jit(do_not_specialize=("known", "width", "start", "parts", "span", "k"))
 def _best(
     scores, lengths, old_places, old_keys, places, keys, counts,
@@ -110,7 +116,7 @@ def _best(
     """The best of columns [first, stop) of a row: ``known`` columns of old keys, then scores; or old keys only."""
     program = tl.program_id(0)
     row = program // parts
-    first = (program % parts) * span
+    first = tl.multiple_of((program % parts) * span, ALIGNED)
     n = known + tl.minimum(tl.maximum(tl.load(lengths + row) - start, 0), width)
     stop = tl.minimum(first + span, n)
     scores += row.to(INDEX) * scores_row
@@ -124,25 +130,25 @@ def _best(
     level = tl.full((), NONE >> (32 - BITS), tl.int32)
     room = tl.full((), 0, tl.int32)
     if stop - first > k:
-        level = tl.full((), 0, tl.int32)
-        room += k
-        shift = tl.full((), BITS - 8, tl.int32)
-        bias = tl.full((), 128, tl.int32)  # the first digit has the sign
-        for _ in range(BITS // 8):
-            if ONE:
-                found = _counts(key, level, shift, bias)
-            else:
+        if ONE:
+            level, room = _kth(key, k, BITS)
+        else:
+            level = tl.full((), 0, tl.int32)
+            room += k
+            shift = tl.full((), BITS - 8, tl.int32)
+            bias = tl.full((), 128, tl.int32)  # the first digit has the sign
+            for _ in range(BITS // 8):
                 found = tl.zeros((256,), tl.int32)
                 for at in range(first, stop, BLOCK):
                     some = _keys_of(scores, old_keys, at + lane, stop, known, scores_col, KNOWN, FRESH, BITS, COLUMN)
                     found += _counts(some, level, shift, bias)
-            # From a digit and above. The k-th place has the highest digit from which on there are enough.
-            reached = (stop - first + BLOCK - 1) // BLOCK * BLOCK - tl.cumsum(found, 0) + found
-            digit = tl.sum((reached >= room).to(tl.int32), 0) - 1
-            room -= tl.max(tl.where(reached < room, reached, 0), 0)
-            level = (level << 8) + digit - bias
-            shift -= 8
-            bias = bias * 0
+                # From a digit and above. The k-th place has the highest digit from which on there are enough.
+                reached = (stop - first + BLOCK - 1) // BLOCK * BLOCK - tl.cumsum(found, 0) + found
+                digit = tl.sum((reached >= room).to(tl.int32), 0) - 1
+                room -= tl.max(tl.where(reached < room, reached, 0), 0)
+                level = (level << 8) + digit - bias
+                shift -= 8
+                bias = bias * 0
         room = tl.where(level == NONE >> (32 - BITS), 0, room)
 
     places += program.to(INDEX) * k
@@ -177,14 +183,36 @@ def _best(
 
 
 @triton.jit
+def _kth(key, k, BITS: tl.constexpr):
+    """(level, room): the best ``k`` of these keys are those above ``level``, and ``room`` of those at it."""
+    level = tl.full((), NONE >> (32 - BITS), tl.int32)
+    above = tl.full((), 0, tl.int32)
+    at = tl.full((), 0, tl.int32)  # the highest bit of a key is its sign
+    step = tl.full((), 1 << (BITS - 2), tl.int32)
+    left = tl.full((), BITS, tl.int32)
+    while left > 0:
+        reach = tl.sum((key >= at).to(tl.int32), 0)
+        level = tl.where(reach > k, at, tl.where(reach == k, at - 1, level))
+        above = tl.where(reach > k, above, reach)
+        left = tl.where(reach == k, 0, left - 1)
+        at = level + step
+        step = step >> 1
+    return level, k - above
+
+
+@triton.jit
 def _keys_of(
     scores, old_keys, col, stop, known, scores_col,
     KNOWN: tl.constexpr, FRESH: tl.constexpr, BITS: tl.constexpr, COLUMN: tl.constexpr,
 ):  # fmt: skip
     """Keys of these columns, the leading ``BITS`` of them; NONE at and beyond ``stop``."""
     if FRESH:
-        here = (col < stop) & (col >= known)
-        score = tl.load(scores + (col - known).to(COLUMN) * scores_col, mask=here, other=0).to(tl.float32)
+        here = col < stop
+        at = col
+        if KNOWN:
+            here = here & (col >= known)
+            at = col - known
+        score = tl.load(scores + at.to(COLUMN) * scores_col, mask=here, other=0).to(tl.float32)
         bits = score.to(tl.int32, bitcast=True)
         bits = tl.where(bits == NONE, 0, bits)  # -0.0 equals +0.0
         size = bits & 0x7FFFFFFF

@@ -36,33 +36,45 @@ class Tuning:
         source: "untuned", or where the block sizes were measured.
         floats: float dtypes that the compiler has.
         int64: whether it has 64-bit integers, which caches of more than 2^31 elements need.
+        fp8: whether it has e4m3 numbers of its own; else they are decoded in integers.
         blocks: by op, the kernel's block sizes, num_warps and num_stages.
+        wide: the same where numbers of four bytes are multiplied. What was measured for a chip is not for these: they
+            take other units and twice the room.
     """
 
     arch: str
     source: str
     floats: tuple[str, ...]
     int64: bool
+    fp8: bool
     blocks: Mapping[str, Mapping[str, int]]
+    wide: Mapping[str, Mapping[str, int]]
 
     def __getitem__(self, op: str) -> Mapping[str, int]:
         return self.blocks[op]
+
+    def products(self, op: str, bytes_of_number: int) -> dict[str, int]:
+        """For an op that multiplies matrices of such numbers, a copy."""
+        return dict((self.blocks if bytes_of_number < 4 else self.wide)[op])
 
 
 def tuning(arch: str, *files: Path) -> Tuning:
     """The tuning of a chip: ``conservative.toml``, then each of the vendor's files over it. Raises HalError("CONFIG")
     for a file that names an op or a block size that there is not."""
     base = _read(CONSERVATIVE)
-    limits, blocks, source = dict(base["limits"]), {op: dict(b) for op, b in base["blocks"].items()}, base["source"]
+    limits, source = dict(base["limits"]), base["source"]
+    blocks, wide = ({op: dict(sizes) for op, sizes in base["blocks"].items()} for _ in range(2))
     for file in files:
         read = _read(file)
         own = dict(read.get("arch", {}).get(arch, {}))
         source = own.pop("source", read.get("source", source))
-        limits.update(_known(read.get("limits", {}), limits, file))
-        for part in (read.get("blocks", {}), own):
+        for part in (read.get("limits", {}), own.pop("limits", {})):
+            limits.update(_known(part, limits, file))
+        for part, chosen in ((read.get("blocks", {}), (blocks, wide)), (own, (blocks,))):
             for op, sizes in _known(part, blocks, file).items():
-                blocks[op].update(_known(sizes, blocks[op], file))
-    return Tuning(arch, source, tuple(limits["floats"]), limits["int64"], blocks)
+                for held in chosen:
+                    held[op].update(_known(sizes, blocks[op], file))
+    return Tuning(arch, source, tuple(limits["floats"]), limits["int64"], limits["fp8"], blocks, wide)
 
 
 def _read(file: Path) -> dict[str, Any]:

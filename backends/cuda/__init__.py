@@ -1,5 +1,5 @@
-"""NVIDIA GPUs: providers ``flash_mla`` and ``deep_gemm`` (other people's kernels, where they are installed), ``triton``
-(ours, for any chip) and ``torch``."""
+"""NVIDIA GPUs: providers ``flash_mla`` and ``deep_gemm`` (other people's kernels, where they are installed), ``gluon``
+(ours, for Hopper), ``triton`` (ours, for any chip) and ``torch``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,18 @@ def kernels() -> Sequence[Kernel]:
 
     if not marked(torch):  # else another vendor's products would be replaced wherever these kernels are only listed
         products.install()
-    return (*libraries.adapted(), *offered(device.arch(), TUNING), *_torch.kernels())
+    return (*libraries.adapted(), *_hopper(device.arch()), *offered(device.arch(), TUNING), *_torch.kernels())
+
+
+def _hopper(arch: str) -> Sequence[Kernel]:
+    """None where there is no Triton, or one without Gluon."""
+    from glm5_hal.backends._triton.tuning import tuning
+
+    try:
+        from glm5_hal.backends.cuda import gluon
+    except ImportError:
+        return ()
+    return tuple(one.bound(tuning(arch, TUNING)) for one in (gluon.mla_decode, gluon.sparse_mla))
 
 
 @hookimpl

@@ -131,7 +131,7 @@ def _write(file: Path, own: Path, arch: str, source: str, found: Sequence[Search
     text = next((f.read_text(encoding="utf-8") for f in (file, own) if f.exists()), "")
     before: Mapping[str, Any] = parsed(text).get("arch", {}).get(arch, {})
     measured = [one.op for one in found]
-    others = [name for name, value in before.items() if isinstance(value, dict) and name not in measured]
+    others = [name for name, value in before.items() if isinstance(value, dict) and name not in (*measured, "limits")]
     if others and "source" in before:
         source = f"{before['source']}; {', '.join(measured)}: {source}"
     sections: dict[tuple[str, ...], Mapping[str, Any]] = {("arch", arch): {"source": source}}

@@ -147,6 +147,16 @@ def test_ops_gpu_measures_every_kernel_beside_its_peers(
     assert len((tmp_path / "rows").read_text().splitlines()) == len(rows)
 
 
+def test_some_of_the_providers(gpu: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--backend", "cpu", "--op", "mla_prefill", "--seconds", "0.001", "--json"]
+    assert gpu.main([*asked, "--provider", "s*"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert set(row["seconds"]) == {"sdpa"}
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main([*asked, "--provider", "flash"])
+    assert "there are sdpa, torch" in capsys.readouterr().err
+
+
 def test_peers_compute_what_the_ops_compute(gpu: Any) -> None:
     found, peers = set(), importlib.import_module("_peers").peers
     for call in gpu.workloads(gpu.SERVING, gpu.WIDTHS):

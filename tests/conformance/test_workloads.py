@@ -59,7 +59,7 @@ def test_a_call_is_timed_by_this_machines_clock_where_the_device_has_none() -> N
 
 
 def test_and_by_the_devices_own_where_it_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands between its events counts, not the writing before them, nor what the host does."""
+    """What stands between its events counts, not the reading before them, nor what the host does."""
     now, synchronized = [0.0], []
 
     class Event:
@@ -76,12 +76,28 @@ def test_and_by_the_devices_own_where_it_has_one(monkeypatch: pytest.MonkeyPatch
         now[0] += 2.0
 
     class Cold:
-        def zero_(self) -> None:
+        def sum(self) -> None:
             now[0] += 100.0
 
     monkeypatch.setattr(
         torch, "acme", SimpleNamespace(Event=Event, synchronize=lambda: synchronized.append(None)), raising=False
     )
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: Cold())
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: Cold())
     assert timing.seconds_of(call, "acme:0", 0.001) == pytest.approx(2e-3)
     assert synchronized
+
+
+@pytest.mark.parametrize(("host", "covers"), [(0.0, 1), (0.01, 2), (0.09, 14), (1000.0, timing.COVERS)])
+def test_the_device_is_kept_busy_until_it_has_the_whole_call(
+    monkeypatch: pytest.MonkeyPatch, host: float, covers: int
+) -> None:
+    """A read that takes 10 ms, before a call that takes the host so long."""
+    now = [0.0]
+    monkeypatch.setattr(timing, "_by_its_own", lambda *args: [0.01])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def call() -> None:
+        now[0] += host
+
+    module = SimpleNamespace(synchronize=lambda: None)
+    assert timing._covers(call, lambda: None, module) == covers

@@ -70,13 +70,13 @@ def takes(kernel: Kernel, sample: Sample, dtype: str) -> bool:
     return accepts(kernel, _drawn(kernel.op, sample, dtype).args)
 
 
-def accepts(kernel: Kernel, args: Mapping[str, Any]) -> bool:
+def accepts(kernel: Kernel, args: Mapping[str, Any], facts: Facts | None = None) -> bool:
     """The same of a call's arguments; their values are not looked at."""
     spec = specs()[kernel.op]
     bound = spec.bind(**args)
     metas = {name: _meta(bound[name]) for name in spec.tensors}
     call = signature_of(spec, metas, {name: bound[name] for name in spec.options})
-    return all(isinstance(requirement.test(call, Facts()), Accepted) for requirement in kernel.requires)
+    return all(isinstance(requirement.test(call, facts or Facts()), Accepted) for requirement in kernel.requires)
 
 
 def _meta(x: Tensor | None) -> TensorMeta | None:

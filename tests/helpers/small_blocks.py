@@ -31,7 +31,7 @@ def main(op: str, provider: str) -> None:
     from glm5_hal.backends import _triton
     from glm5_hal.backends._triton.tuning import tuning
 
-    small = _triton.kernels(tuning("small", triton_interpreter.TUNING))
+    small = _triton.kernels(tuning("interpreter", CI / "triton_interpreter_small.toml"))
     (kernel,) = (kernel for kernel in small if (kernel.op, kernel.provider) == (op, provider))
     first = [(sample, sample.dtypes[0]) for sample in judging.smoke(op) if sample.id not in LONG]
     taken = [(sample, dtype) for sample, dtype in first if judging.takes(kernel, sample, dtype)]

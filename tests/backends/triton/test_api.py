@@ -54,6 +54,15 @@ def test_what_triton_3_2_lacks_is_told_with_its_line(tmp_path: Path, line: str, 
     assert done.stdout.count("\n") == 1
 
 
+def test_a_chips_own_form_is_for_an_if_that_asks_for_it(tmp_path: Path) -> None:
+    file = tmp_path / "planted.py"
+    own = "a = v.to(tl.float8e4nv)"
+    file.write_text(f"{HEAD}    if FP8:\n        {own}\n    else:\n        {own}\n    if INT8:\n        {own}\n")
+    assert [line.split(":")[1] for line in lint(file).stdout.splitlines()] == ["13", "15"]
+    file.write_text(f"{HEAD}    if FP8:\n        a = v.to(tl.float8e5)\n")
+    assert "tl.float8e5" in lint(file).stdout
+
+
 def test_imports_and_decorators_are_looked_at_too(tmp_path: Path) -> None:
     file = tmp_path / "planted.py"
     file.write_text(

@@ -12,11 +12,14 @@ source = "measured on a chip"
 [limits]
 floats = ["float32", "bfloat16"]
 int64 = false
-[blocks.rms_norm]
-num_warps = 2
+[blocks]
+rms_norm = { num_warps = 2 }
+mla_decode = { BLOCK_N = 64 }
 [arch.large]
 source = "measured on a large chip"
 rms_norm = { num_warps = 16 }
+mla_decode = { BLOCK_N = 128 }
+limits = { fp8 = true }
 """
 
 
@@ -41,6 +44,13 @@ def test_a_vendors_file_goes_over_it(vendor: Path) -> None:
 def test_and_what_it_says_of_one_architecture_over_that(vendor: Path) -> None:
     found = tuning("large", vendor)
     assert (found.source, found["rms_norm"]["num_warps"]) == ("measured on a large chip", 16)
+    assert (found.floats, found.int64, found.fp8) == (("float32", "bfloat16"), False, True)
+
+
+def test_sizes_that_were_measured_are_not_for_products_of_wide_numbers(vendor: Path) -> None:
+    """They would not fit: what holds for every chip of the vendor does."""
+    found = tuning("large", vendor)
+    assert [found.products("mla_decode", width)["BLOCK_N"] for width in (1, 2, 4)] == [128, 128, 64]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +58,7 @@ def test_and_what_it_says_of_one_architecture_over_that(vendor: Path) -> None:
     [
         ("[blocks.rmsnorm]\nnum_warps = 1", "rmsnorm", "rms_norm"),
         ("[blocks.rms_norm]\nwarps = 1", "warps", "num_warps"),
-        ("[limits]\nfp8 = true", "fp8", ""),
+        ("[limits]\nfp4 = true", "fp4", ""),
         ("[arch.any.norm]\nnum_warps = 1", "norm", ""),
     ],
 )
