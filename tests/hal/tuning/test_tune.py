@@ -171,6 +171,13 @@ def test_all_ops_again_are_all_measured_now(acme: Acme) -> None:
     assert parsed(acme.file.read_text())["arch"]["acme1"]["source"] == SOURCE
 
 
+def test_what_a_chip_has_is_kept_and_is_nothing_measured(acme: Acme) -> None:
+    acme.file.write_text(FILE + '\n[arch.acme1]\nsource = "untuned"\n\n[arch.acme1.limits]\nfp8 = true\n')
+    tuned(acme)
+    section = parsed(acme.file.read_text())["arch"]["acme1"]
+    assert (section["source"], section["limits"]) == (SOURCE, {"fp8": True})
+
+
 def test_another_file_is_made_of_the_backends_own(acme: Acme, tmp_path: Path) -> None:
     other = tmp_path / "mine.toml"
     found = tuned(acme, "rope", out=other)
