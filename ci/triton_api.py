@@ -74,7 +74,7 @@ def check(file: Path, names: Names) -> list[Problem]:
     inside = {node for kernel in _kernels(tree, modules) for node in ast.walk(kernel)}
     calls = {node.func: node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     parts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    own = {node for branch in _own(tree) for node in branch}
+    own = set(_own(tree))
     problems = []
     for node in ast.walk(tree):
         found: Iterator[str] = iter(())
@@ -94,11 +94,12 @@ def check(file: Path, names: Names) -> list[Problem]:
     return sorted(problems, key=lambda problem: problem.line)
 
 
-def _own(tree: ast.AST) -> Iterator[Iterator[ast.AST]]:
+def _own(tree: ast.AST) -> Iterator[ast.AST]:
     """What lies under an `if` of a chip's constant."""
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id in OWN:
-            yield (inner for line in node.body for inner in ast.walk(line))
+            for line in node.body:
+                yield from ast.walk(line)
 
 
 def _imported(tree: ast.AST) -> tuple[dict[str, str], set[str]]:

@@ -1,6 +1,7 @@
 """Attention of single tokens over rows of a latent cache, in the absorbed form: what dense and sparse have in common.
 
 A program takes some heads of one token over one part of its keys; a tile of latents is keys and values at once.
+
 Legend: T tokens, H heads, m heads of a program, n keys of a tile, L latent width, R rope width, K indices per token.
 """
 
@@ -22,6 +23,9 @@ from glm5_hal.backends._triton.softmax import Splits, merge, natural_log, seen, 
 from glm5_hal.backends._triton.tuning import Tuning
 from glm5_hal.formats import FORMATS
 from glm5_hal.ops._common import caches as bytes_of
+
+#: A kernel with the parameters of `_attend`: for such a cache, what it takes for it and its fixed block sizes.
+Forward = Callable[[rows.Fields], tuple[object, rows.Fields, Mapping[str, int]]]
 
 
 def attend(
@@ -48,15 +52,17 @@ def attend(
     chosen = block_table if indices is None else indices  # a pointer that is not read
     kernel, held, fixed = forward(held) if forward else (_attend, held, {})
     kind = held.compute(q.dtype)
-    sizes = tuning.products(op, size := kind.primitive_bitwidth // 8)
-    BLOCK_H = fixed.get("BLOCK_H", min(sizes.pop("BLOCK_H"), max(triton.next_power_of_2(H), 16)))
+    width = kind.primitive_bitwidth // 8
+    sizes = tuning.products(op, width)
+    sizes["BLOCK_H"] = min(sizes["BLOCK_H"], max(triton.next_power_of_2(H), 16))
     quantised = sizes.pop("BLOCK_N_QUANTISED")
-    sizes["BLOCK_N"] = quantised if held.group else max(sizes["BLOCK_N"] * 2 // size, 16)
+    sizes["BLOCK_N"] = quantised if held.group else max(sizes["BLOCK_N"] * 2 // width, 16)
     if held.group and kind == tl.float32:  # more of them at once would not fit the registers
         sizes["num_stages"] = 1
-    sizes.update((name, block) for name, block in fixed.items() if name != "BLOCK_H")
+    sizes |= fixed
+    blocks = triton.cdiv(H, sizes["BLOCK_H"])
     keys = M * page if indices is None else indices.shape[1]
-    splits = Splits.of(sizes, T * triton.cdiv(H, BLOCK_H), keys, invariant)
+    splits = Splits.of(sizes, T * blocks, keys, invariant)
     merging = {name: sizes.pop(name) for name in ("MERGE_S", "MERGE_L")}
     shared = {
         "L": L, "CHOSEN": indices is not None, "LEAST": splits.least, "BLOCK_B": triton.next_power_of_2(max(B, 1)),
@@ -64,12 +70,12 @@ def attend(
     }  # fmt: skip
     lengths, offsets = seq_lens.contiguous(), cu_seqlens_q.contiguous()
     for first, tokens, sums, bounds in splits.launches(out):
-        grid = (tokens * triton.cdiv(H, BLOCK_H), splits.grid)
+        grid = (tokens * blocks, splits.grid)
         launch(
             kernel, grid, q, q, *q.stride(), chosen, *chosen.stride(), block_table, *block_table.stride(),
             lengths, offsets, *held.args, out, lse, sums, bounds,
             B, keys, first, tokens * H, splits.grid, splits.most, H, scale * math.log2(math.e),
-            PAGE=page, R=W - L, BLOCK_H=BLOCK_H, BLOCK_L=triton.next_power_of_2(max(L, 16)),
+            PAGE=page, R=W - L, BLOCK_L=triton.next_power_of_2(max(L, 16)),
             BLOCK_R=triton.next_power_of_2(max(W - L, 16)), GROUP=held.group, TYPE=kind, FP8=tuning.fp8,
             **shared, **sizes,
         )  # fmt: skip
@@ -194,7 +200,3 @@ def _last(chosen, chosen_col, start, stop, STEP: tl.constexpr):
         index = tl.load(chosen + i * chosen_col, mask=i < stop, other=-1)
         last = tl.maximum(last, tl.max(tl.where(index >= 0, i + 1, 0), 0))
     return last
-
-
-#: Another kernel with the parameters of `_attend`, for such caches: what it takes for them, and its fixed block sizes.
-Forward = Callable[[rows.Fields], tuple[object, rows.Fields, Mapping[str, int]]]

@@ -60,8 +60,8 @@ def _sizes(sizes: Mapping[str, int], bytes_of_row: int) -> dict[str, int]:
 def _parts(D: int, size: int) -> tuple[int, int]:
     """Two powers of two that hold D columns with less padding than one does, or that one and 0: 192 is 128 and 64.
 
-    No part is narrower than LEAST bytes. On an H200, with Triton 3.6, scores of 64 and 32 columns of float16 came out
-    wrong where rows were not aligned; the compiled code looks right.
+    No part is narrower than LEAST bytes: scores of 64 and 32 columns of float16 came out wrong on a GPU, with Triton
+    3.6, where rows were not aligned. What was compiled looks right (docs/triton.md).
     """
     whole = max(16, triton.next_power_of_2(D))
     first = whole // 2

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
 from glm5_hal.backends._triton.tunable import tunable
 from glm5_hal.hookspecs import hookimpl
+
+#: The versions of Triton whose Gluon is known: it is experimental, and changes from one to the next.
+GLUON = ">=3.6,<3.8"
 
 #: Block sizes by architecture; `glm5-hal tune --backend cuda` writes it.
 TUNING = Path(__file__).with_name("tuning.toml")
@@ -34,14 +38,20 @@ def kernels() -> Sequence[Kernel]:
 
 
 def _hopper(arch: str) -> Sequence[Kernel]:
-    """None where there is no Triton, or one without Gluon."""
+    """None where there is no Triton whose Gluon is known: what another one lacks would show at import."""
     from glm5_hal.backends._triton.tuning import tuning
+    from glm5_hal.packages import package_problem
 
     try:
-        from glm5_hal.backends.cuda import gluon
-    except ImportError:
+        version = import_module("triton").__version__
+    except (ImportError, AttributeError):  # a folder of that name is a package too, without a version
         return ()
-    return tuple(one.bound(tuning(arch, TUNING)) for one in (gluon.mla_decode, gluon.sparse_mla))
+    if package_problem("triton", GLUON, {"triton": version}):
+        return ()
+    from glm5_hal.backends.cuda import gluon
+
+    tuned = tuning(arch, TUNING)
+    return gluon.mla_decode.bound(tuned), gluon.sparse_mla.bound(tuned)
 
 
 @hookimpl

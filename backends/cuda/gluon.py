@@ -11,7 +11,7 @@ from glm5_hal.backends._triton.absorbed import _attend, attend
 from glm5_hal.backends._triton.declare import triton_kernel
 from glm5_hal.backends._triton.rows import ALIGNED, Fields
 from glm5_hal.backends._triton.tuning import Tuning
-from glm5_hal.backends.cuda import hopper
+from glm5_hal.backends.cuda import GLUON, hopper
 from glm5_hal.capability import arch, dtype, limit, one_of, package, when
 from glm5_hal.formats import FORMATS
 from glm5_hal.signature import Signature
@@ -27,7 +27,7 @@ def _fits(call: Signature) -> bool:
 
 REQUIRES = (
     arch("sm_90"),
-    package("triton", ">=3.6"),
+    package("triton", GLUON),
     dtype("q", "bfloat16", "float16"),
     one_of("kv_lora_rank", LATENT),
     one_of("W", LATENT + ROPE),

@@ -3,6 +3,7 @@ can show; that it compiles and does not spill, the job of ``ci/triton_compile.py
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -50,6 +51,19 @@ def test_of_many_tokens_chosen_rows_are_for_the_kernel_for_every_chip() -> None:
     (kernel,) = (k for k in cuda.kernels() if (k.op, k.provider) == ("sparse_mla", "gluon"))
     assert accepts(kernel, call("sparse_mla", tokens=64), HOPPER)
     assert not accepts(kernel, call("sparse_mla", tokens=65), HOPPER)
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.8.0"])
+def test_a_triton_whose_gluon_is_not_known_is_left_to_the_others(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """Nothing of Gluon is imported then: another Triton may lack a name that it has."""
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.delitem(sys.modules, gluon.__name__)
+    providers = {kernel.provider for kernel in cuda.kernels()}
+    assert "triton" in providers
+    assert "gluon" not in providers
+    assert gluon.__name__ not in sys.modules
 
 
 def test_numbers_that_its_products_do_not_have_are_refused() -> None:
