@@ -1,8 +1,10 @@
 """The attention block of transformers' GLM-5, as it is and with `apply` on, at GLM-5's real widths on a CPU.
 
-One layer, one request. Both run in one process and one dtype on the same weights and the same cached tokens, in turns;
-each time is the least of several, and their outputs are compared. Peak memory is that of a process of its own for each
-of the two: resident memory at its peak during one pass less what was resident before it.
+One request. Both run in one process and one dtype on the same weights and the same cached tokens, in turns; each time
+is the least of several, and their outputs are compared. One new token is timed twice: a single layer, where each call
+finds its code and its page tables driven out of the caches by the call of another way before it; and layer after layer,
+as a step of decoding runs, each with weights of its own that come from memory. Peak memory is that of a process of its
+own for each of the ways: resident memory at its peak during one pass less what was resident before it.
 
 The core is what turns projected queries and the cached latents into head outputs: transformers' expands all latents,
 masks and attends; ours multiplies the queries by W_UK, attends to the chosen latents and multiplies by W_UV. The limit
@@ -18,7 +20,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -42,7 +44,12 @@ WIDTHS: dict[str, Any] = {
 #: What is not measured is small.
 REST = {"vocab_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "first_k_dense_replace": 1}
 CACHED, PREFILL = 4096, 2048
+#: Layers of a pass: four times the weights of the core are more than caches hold.
+LAYERS = 4
 WAYS = ("eager", "sdpa", "ours")
+
+#: A pass by each way.
+Turns = dict[str, Callable[[], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ class Block:
 
         return run
 
-    def cores(self) -> dict[str, Callable[[], Tensor]]:
+    def cores(self) -> Turns:
         """Head outputs from projected queries, one new token."""
         from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as modeling
 
@@ -183,7 +190,7 @@ def apart(x: Tensor) -> Tensor:
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-def result(what: str, dtype: torch.dtype, calls: dict[str, Callable[[], Tensor]], repeat: int) -> Result:
+def result(what: str, dtype: torch.dtype, calls: Turns, repeat: int) -> Result:
     seconds, outs = least(calls, repeat)
     ms = {way: 1e3 * taken for way, taken in seconds.items()}
     theirs = outs["eager"].float()
@@ -191,7 +198,17 @@ def result(what: str, dtype: torch.dtype, calls: dict[str, Callable[[], Tensor]]
     return Result(what, str(dtype)[6:], ms, min(ms["eager"], ms["sdpa"]) / ms["ours"], difference)
 
 
-def turns(block: Block) -> dict[str, Callable[[], Tensor]]:
+def after_another(what: str, dtype: torch.dtype, layers: Sequence[Turns], repeat: int) -> Result:
+    """A pass through all layers, per layer."""
+
+    def passing(way: str) -> Callable[[], Tensor]:
+        return lambda: [layer[way]() for layer in layers][-1]
+
+    one = result(what, dtype, {way: passing(way) for way in WAYS}, repeat)
+    return replace(one, ms={way: ms / len(layers) for way, ms in one.ms.items()})
+
+
+def turns(block: Block) -> Turns:
     """Each way's pass over the same weights, inputs and cached tokens."""
     return {way: block.prepared(way) for way in WAYS}
 
@@ -234,13 +251,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def report(options: argparse.Namespace, dtype: torch.dtype) -> None:
-    decode = Block(dtype, 1, CACHED)
-    rows = [
-        result(f"core, 1 token, {CACHED} cached", dtype, decode.cores(), options.repeat),
-        result(f"block, 1 token, {CACHED} cached", dtype, turns(decode), options.repeat),
-    ]
-    weights = sum(p.numel() * p.element_size() for p in decode.model.layers[0].self_attn.parameters())
-    del decode
+    decode = [Block(dtype, 1, CACHED) for _ in range(LAYERS)]
+    rows = []
+    for part, layers in (("core", [b.cores() for b in decode]), ("block", [turns(b) for b in decode])):
+        rows.append(result(f"{part}, 1 token, {CACHED} cached", dtype, layers[0], options.repeat))
+        rows.append(after_another(f"{part}, layer after layer", dtype, layers, options.repeat))
+    weights = sum(p.numel() * p.element_size() for p in decode[0].model.layers[0].self_attn.parameters())
+    del decode, layers
     rows.append(result(f"block, prefill of {PREFILL}", dtype, turns(Block(dtype, PREFILL, 0)), min(options.repeat, 3)))
     memory = growths(options.dtype, options.threads)
     machine = rates(options.repeat)

@@ -92,7 +92,8 @@ def overview() -> str:
         "## Prepared weights\n",
         "`glm5_hal.prepare(op, weights, backend=...)` runs once, at load time, and returns `Prepared(op, tensors, format)`. "
         "Every tensor keeps the shape and dtype of the plain weight; the format's name goes into the op's `weight_format` "
-        "argument. A kernel that does not declare a format refuses it: silence means `plain` only.\n",
+        "argument. A kernel that does not declare a format refuses it: silence means `plain` only. On a CPU the weights of "
+        "the two prologs stay plain, and what a product over them reads faster is kept beside them, as long as they live.\n",
         "## Step plan\n",
         "`StepPlan.build(seq_lens, cu_seqlens_q, *, host_seq_lens=None, host_cu_seqlens_q=None)` is made once per step; inside "
         "`with plan.active():` kernels read lengths on the host without a device sync and keep their schedules from layer "

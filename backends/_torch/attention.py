@@ -59,15 +59,14 @@ class Softmax:
 
 
 def softmax_mean(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """What `Softmax` gives where all keys come as one tile: scores [m, n], which are used up, values [n, D].
+    """What `Softmax` gives where all keys come as one tile: scores [m, n], values [n, D].
 
     Weights are divided by their sum before they are rounded to the dtype of the values: the result is rounded once.
+    That sum is one over the largest weight, which is exp(0) before.
     """
-    peak = scores.amax(-1, keepdim=True)
-    base = _finite(peak)
-    weights = scores.sub_(base).exp_()
-    total = weights.sum(-1, keepdim=True)
-    return multiply(weights.div_(total).to(values.dtype), values), (total.log() + base).squeeze(-1)
+    weights, peak = scores.softmax(-1), scores.amax(-1)
+    lse = peak - weights.amax(-1).log()
+    return multiply(weights.to(values.dtype), values), lse.fmax(peak)  # NaN weights of an infinite peak say nothing
 
 
 def _finite(peak: Tensor) -> Tensor:
@@ -183,9 +182,11 @@ def _chosen(indices: Tensor) -> tuple[Tensor, Tensor | None]:
     Where counting the valid ones would make the host wait, all K are read: the first valid one stands in for every
     -1, and position 0 where there is none, of a request that has keys.
     """
+    if indices.numel() == 0:
+        return indices, None
+    if in_host_memory(indices):
+        return indices if indices.amin() >= 0 else indices[indices >= 0], None
     valid = indices >= 0
-    if in_host_memory(indices) or indices.numel() == 0:
-        return indices[valid], None
     first = indices.index_select(0, valid.int().argmax(keepdim=True)).clamp_min(0)
     return torch.where(valid, indices, first), valid
 
@@ -213,10 +214,10 @@ class _Absorbed:
         self, q: Tensor, kv_cache: Tensor, rope_cache: Tensor | None, latent: int, cache_format: str, *,
         keys: int = 0, chosen: int = 0,
     ) -> None:  # fmt: skip
-        fmt, held, most = FORMATS[cache_format], bytes_of.held(kv_cache, rope_cache), min(max(keys, chosen), KEYS)
-        self._at_once = chosen <= CHOSEN_KEYS and has_fast_products(kv_cache)
-        gathered = chosen if self._at_once else 0
-        self.tiles = Tiles(fmt, held, latent, q.shape[-1] - latent, accumulation(q), most, gathered)
+        fmt, held = FORMATS[cache_format], bytes_of.held(kv_cache, rope_cache)
+        self._at_once = 0 < chosen <= CHOSEN_KEYS and has_fast_products(kv_cache)
+        most = chosen if self._at_once else min(max(keys, chosen), KEYS)
+        self.tiles = Tiles(fmt, held, latent, q.shape[-1] - latent, accumulation(q), most)
         self._latent = latent
 
     def attend(self, state: Softmax, query: Tensor, keys: Tensor, valid: Tensor | None = None) -> None:
@@ -225,14 +226,12 @@ class _Absorbed:
 
     def over(self, query: Tensor, pages: Tensor, positions: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """[H, W] queries over the keys at these positions of a request, or the ``valid`` ones: out [H, L], lse [H]."""
-        parts = [slice(start, start + KEYS) for start in range(0, len(positions), KEYS)]
         if self._at_once and valid is None:
             rows = self.tiles.rows(pages, positions)
-            tiles = ({field: row[part] for field, row in rows.items()} for part in parts)
-            scores = torch.cat([linear(query, self.tiles.numbers(tile)) for tile in tiles], -1)
-            return softmax_mean(scores, self.tiles.latents(rows))
+            return softmax_mean(linear(query, self.tiles.numbers(rows)), self.tiles.latents(rows))
         state = Softmax()
-        for part in parts:
+        for start in range(0, len(positions), KEYS):
+            part = slice(start, start + KEYS)
             self.attend(state, query, self.tiles.at(pages, positions[part]), None if valid is None else valid[part])
         return state.result()
 

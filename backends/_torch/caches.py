@@ -24,10 +24,9 @@ class Tiles:
     """
 
     def __init__(
-        self, fmt: CacheFormat, caches: tuple[Tensor, ...], latent: int, rope: int, dtype: torch.dtype, most: int,
-        gathered: int = 0,
-    ) -> None:  # fmt: skip
-        """At most ``most`` rows are converted at a time, and as many read, or up to ``gathered``."""
+        self, fmt: CacheFormat, caches: tuple[Tensor, ...], latent: int, rope: int, dtype: torch.dtype, most: int
+    ) -> None:
+        """At most ``most`` rows are read at a time."""
         cache = caches[0]
         self._fmt, self._latent, self._page = fmt, latent, cache.shape[1]
         self._tile = cache.new_empty(most, latent + rope, dtype=dtype)
@@ -35,7 +34,7 @@ class Tiles:
         # Numbers that need no conversion go straight into the tile.
         self._whole = len(self._fields) == 1 and cache.dtype == dtype
         self._raw = {
-            name: self._tile if self._whole else field.new_empty(max(most, gathered), field.shape[-1])
+            name: self._tile if self._whole else field.new_empty(most, field.shape[-1])
             for name, field in self._fields.items()
         }
         self._bits = cache.new_empty(2, most if fmt.group else 0, latent, dtype=torch.int16)

@@ -14,9 +14,10 @@ from glm5_hal.backends._torch.caches import Tiles
 from glm5_hal.backends._torch.numbers import accumulation
 from glm5_hal.backends._torch.topk import choose
 from glm5_hal.formats import FORMATS
+from glm5_hal.ops._common.products import linear
 
-#: Keys per tile: 2048 rows of 128 numbers in fp32 are 1 MB.
-KEYS = 2048
+#: Keys per tile: 8192 rows of 128 numbers in fp32 are 4 MB.
+KEYS = 8192
 #: Tokens of one request that share a tile, and whose scores are kept at a time. Each has its own products, so that its
 #: bits do not depend on the others.
 TOKENS = 16
@@ -74,19 +75,15 @@ class _Scorer:
 
     def __init__(self, q: Tensor, weights: Tensor, index_cache: Tensor, cache_format: str, longest: int) -> None:
         self._q, self._weights, self._dtype = q, weights, accumulation(weights)
-        most, (_, H, D) = min(longest, KEYS), q.shape
-        self._tiles = Tiles(FORMATS[cache_format], (index_cache,), D, 0, self._dtype, most)
-        self._room = q.new_empty(H * most, dtype=self._dtype)
+        self._tiles = Tiles(FORMATS[cache_format], (index_cache,), q.shape[-1], 0, self._dtype, min(longest, KEYS))
 
     def score(self, block: range, limits: list[int], pages: Tensor, out: Tensor) -> None:
         """Row i of ``out`` gets the scores of token ``block[i]`` for the keys before ``limits[i]``, and no others."""
         q_HD = [self._q[t].to(self._dtype, copy=True) for t in block]
-        w_1H = [self._weights[t][None].to(self._dtype, copy=True) for t in block]
+        w_H = [self._weights[t].to(self._dtype, copy=True) for t in block]
         for start in range(0, limits[-1], KEYS):
             keys = self._tiles.between(pages, start, min(start + KEYS, limits[-1]))
             for i, limit in enumerate(limits):
                 if limit > start:
-                    seen = keys[: limit - start]
-                    logits = self._room[: len(q_HD[i]) * len(seen)].view(-1, len(seen))
-                    torch.mm(q_HD[i], seen.T, out=logits).relu_()
-                    out[i, start : start + len(seen)] = (w_1H[i] @ logits)[0]
+                    logits_nH = linear(keys[: limit - start], q_HD[i]).relu_()
+                    torch.mv(logits_nH, w_H[i], out=out[i, start : start + len(logits_nH)])

@@ -4,7 +4,8 @@ semantics, only when named)."""
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from glm5_hal.backend import Backend, Device, Kernel, Unavailable
 from glm5_hal.hookspecs import hookimpl
@@ -41,6 +42,12 @@ def kernels() -> Sequence[Kernel]:
     return (*sdpa.kernels(), *_torch.kernels(), *reference.kernels())
 
 
+def prepare(op: str, weights: Mapping[str, Any]) -> Any:
+    from glm5_hal.backends.cpu.weights import prepare as prepared
+
+    return prepared(op, weights)
+
+
 @hookimpl
 def glm5_backend() -> Backend:
     return Backend(
@@ -48,6 +55,7 @@ def glm5_backend() -> Backend:
         device_type="cpu",
         probe=probe,
         kernels=kernels,
+        prepare=prepare,
         communicator="gloo",
         cache_formats={
             "latent": ("latent_576", "latent_512_rope_64", "fp8_656", "fp8_656_ascend"),

@@ -15,13 +15,19 @@ from glm5_hal.errors import HalError
 def in_range(op: str, name: str, tensor: Tensor, low: int, high: int, why: str, *, among: Tensor | None = None) -> None:
     """Every element of an integer tensor, or every one ``among`` them (a mask), is in [low, high)."""
     looked_at = tensor if among is None else tensor[among]
-    if looked_at.numel() == 0:
-        return
-    smallest, largest = (int(v) for v in looked_at.aminmax())
-    if smallest < low or largest >= high:
+    if not _within(looked_at, low, high):
+        smallest, largest = (int(v) for v in looked_at.aminmax())
         wrong = smallest if smallest < low else largest
         found = tensor == wrong if among is None else (tensor == wrong) & among
         raise _out_of_range(op, name, found.nonzero()[0].tolist(), wrong, low, high, why)
+
+
+def _within(tensor: Tensor, low: int, high: int) -> bool:
+    """Whether every element is in [low, high): one pass, which most calls need no second one after."""
+    if tensor.numel() == 0:
+        return True
+    smallest, largest = tensor.aminmax()
+    return low <= int(smallest) and int(largest) < high
 
 
 def _out_of_range(op: str, name: str, where: list[int], wrong: int, low: int, high: int, why: str) -> HalError:
@@ -52,6 +58,8 @@ def paged(op: str, block_table: Tensor, seq_lens: Tensor, cache: Tensor) -> None
     num_blocks, page_size = cache.shape[0], cache.shape[1]
     capacity = block_table.shape[1] * page_size
     in_range(op, "seq_lens", seq_lens, 0, capacity + 1, f"the block table has room for {capacity} keys per request")
+    if _within(block_table, 0, num_blocks):
+        return
     starts = torch.arange(block_table.shape[1], device=seq_lens.device) * page_size
     why = f"the cache has {num_blocks} pages"
     in_range(op, "block_table", block_table, 0, num_blocks, why, among=starts < seq_lens[:, None])
@@ -65,7 +73,7 @@ def batch(op: str, args: Mapping[str, Any], cache: str) -> None:
 
 def chosen(op: str, indices: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor) -> None:
     """Each token's indices are positions in its own request, or -1. The offsets have been checked."""
-    if indices.numel() == 0:
+    if indices.numel() == 0 or _within(indices, -1, int(seq_lens.amin())):
         return
     lengths = seq_lens.repeat_interleave(cu_seqlens_q.diff(), output_size=len(indices))
     low, high = indices.aminmax(dim=-1)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from glm5_hal.ops._common.packed import packed
+
 #: Rows of float16 for which converting the weights takes longer than multiplying them as they are.
 FEW = 8
-#: Elements of weights from which products that take some microseconds to begin are the faster ones.
+#: Elements of the larger operand from which products that take some microseconds to begin are the faster ones.
 LARGE = 1 << 18
 #: Elements of bfloat16 weights from which two rows are multiplied in less time than one.
 HUGE = 1 << 21
@@ -25,8 +27,10 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x [..., in]`` @ weightᵀ, weight as [out, in]: see `multiply`."""
-    made = multiply(x if x.dim() == 2 else x.flatten(0, -2), weight.T)
+    """``x [..., in]`` @ weightᵀ, weight as [out, in]: see `multiply`. Weights that were packed are read so."""
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
+    ready = packed(weight) if _can_be_packed(rows, weight) else None
+    made = multiply(rows, weight.T) if ready is None else _over(rows.contiguous(), ready)
     return made if x.dim() == 2 else made.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -38,8 +42,8 @@ def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
     - float16: fast only for few rows over weights that lie [out, in], which are then read once. All others are faster
       in float32, up to a hundred times, the time to convert included.
-    - float32 over large weights that lie [out, in]: torch asks MKL, where oneDNN takes half the time for few rows and
-      a sixth less for many.
+    - float32, one of the two large, over weights that lie [out, in]: torch asks MKL, where oneDNN takes half the time
+      for few rows and a sixth less for many.
     - One row of bfloat16 over large weights that lie [out, in]: oneDNN reads them a tenth faster for two rows.
     - Few rows of each head over the head's own weights, [in, out]: see `_bags`.
     """
@@ -53,17 +57,18 @@ def _own(a: Tensor, b: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
     """What multiplies these in place of torch.matmul."""
     if a.device.type != "cpu" or a.device.type in PRODUCTS:
         return PRODUCTS.get(a.device.type)
-    large = b.numel() >= LARGE and a.numel() > 0 and a.dtype == b.dtype and _is_plain_x86_call(a, b)
+    few, many = sorted((a.numel(), b.numel()))
+    large = few > 0 and many >= LARGE and a.dtype == b.dtype and _is_plain_x86_call(a, b)
     if a.dim() == b.dim() == 3 and large and a.shape[1] <= BAGS.get(a.dtype, 0) and b.is_contiguous():
         return _bags
     rows_of_weights = a.dim() == b.dim() == 2 and b.stride(0) == 1
     if a.dtype == torch.float16:
         return None if rows_of_weights and a.shape[0] <= FEW else _widened
     contiguous = rows_of_weights and a.is_contiguous() and b.T.is_contiguous()  # oneDNN is slow with other strides
-    if not (large and contiguous and _linear is not None and torch.backends.mkldnn.enabled):
+    if not (large and contiguous and torch.backends.mkldnn.enabled):
         return None
     if a.dtype == torch.float32:
-        return _onednn
+        return None if _linear is None else _onednn
     one_of_bfloat16 = a.dtype == torch.bfloat16 and a.shape[0] == 1 and b.numel() >= HUGE
     return _doubled if one_of_bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
 
@@ -77,6 +82,12 @@ def _is_plain_x86_call(*operands: Tensor) -> bool:
     )
 
 
+def _can_be_packed(x: Tensor, weight: Tensor) -> bool:
+    """Whether packed weights can stand in for these in a call with this ``x``, if there are any."""
+    alike = type(x) is Tensor and x.dtype == weight.dtype and x.numel() > 0 and x.device.type not in PRODUCTS
+    return alike and bool(torch.backends.mkldnn.enabled) and _is_plain_x86_call(x, weight)
+
+
 def _widened(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() @ b.float()).to(a.dtype)
 
@@ -86,7 +97,11 @@ _linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
-    made: Tensor = _linear(a, b.T, None, "none", [], "")
+    return _over(a, b.T)
+
+
+def _over(x: Tensor, weight: Tensor) -> Tensor:
+    made: Tensor = _linear(x, weight, None, "none", [], "")
     return made
 
 

@@ -234,7 +234,9 @@ def test_transformers_attention_compares_what_is_the_same(
     found = json.loads(capsys.readouterr().out)
     assert [row["what"] for row in found["rows"]] == [
         "core, 1 token, 40 cached",
+        "core, layer after layer",
         "block, 1 token, 40 cached",
+        "block, layer after layer",
         "block, prefill of 16",
     ]
     for row in found["rows"]:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from glm5_hal import ops
 from glm5_hal.integrations.transformers.cache import PagedCache
 from glm5_hal.integrations.transformers.step import Step
+from glm5_hal.ops._common.packed import pack
 from glm5_hal.ops._common.products import linear, multiply
 from glm5_hal.prepared import Prepared, prepare
 
@@ -195,7 +196,7 @@ def derive(module: Any, layer: int, *, half: bool, top_k: int, backend: str) -> 
         plain=plain,
         w_uv=per_head[:, K:].transpose(1, 2).contiguous(),
         w_kv_b=w_kv_b,
-        w_o=module.o_proj.weight.detach(),
+        w_o=pack(module.o_proj.weight.detach()),
         eps=module.q_a_layernorm.variance_epsilon,
         scale=module.scaling,
         indexer=None if module.indexer is None else _indexer(module.indexer, half=half, backend=backend),

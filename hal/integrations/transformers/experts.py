@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from glm5_hal import ops
+from glm5_hal.ops._common.packed import pack
 from glm5_hal.ops._common.products import linear
 from glm5_hal.prepared import Prepared, prepare
 
@@ -66,7 +67,7 @@ class Experts:
 
 def mlp(module: Any) -> Mlp:
     joined = torch.cat([module.gate_proj.weight.detach(), module.up_proj.weight.detach()])
-    return Mlp(joined, module.down_proj.weight.detach())
+    return Mlp(pack(joined), pack(module.down_proj.weight.detach()))
 
 
 def router(module: Any) -> Router:
@@ -78,7 +79,7 @@ def router(module: Any) -> Router:
         "norm_topk_prob": module.norm_topk_prob,
         "routed_scaling_factor": float(module.routed_scaling_factor),
     }
-    return Router(module.weight.detach().to(wide), module.e_score_correction_bias.to(wide), options)
+    return Router(pack(module.weight.detach().to(wide)), module.e_score_correction_bias.to(wide), options)
 
 
 def experts(module: Any, backend: str) -> Experts:

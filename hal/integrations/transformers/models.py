@@ -56,8 +56,9 @@ def apply(
     """Let a transformers GLM-5 or DeepSeek-V3.2 model run through the operators, in place. Returns it.
 
     Weights for the absorbed form, joined gate and up projections and the router in float32 are made now, once. They
-    take about as much memory as kv_b_proj, the shared experts and the dense MLPs. Call it again after changing weights:
-    a pass that finds them changed is refused, a compiled one does not look.
+    take about as much memory as kv_b_proj, the shared experts and the dense MLPs. On a CPU all projections but those of
+    the routed experts are packed besides, which takes their size once more: of GLM-5, 2 % of the model. Call it again
+    after changing weights: a pass that finds them changed is refused, a compiled one does not look.
 
     Args:
         model: a GlmMoeDsa or DeepseekV32 model, causal or bare, on one device, in one floating dtype.
