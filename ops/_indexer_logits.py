@@ -79,7 +79,7 @@ def samples() -> Iterator[Sample]:
         yield Sample(f"no_pages-{fmt}", {**base, "format": fmt, "lens": ((2, 0), (0, 0)), "spare": 0}, tags=edge)
     yield Sample("many_heads", {**base, "H": 96, "lens": ((2, 33),)})
     # Scores so dense that a choice needs fp32; tokens that see fewer keys than a tile, as many, and more.
-    yield Sample("many_keys", {**base, "page": 128, "lens": ((4, 2600), (3, 2049)), "K": 1200})
+    yield Sample("many_keys", {**base, "page": 128, "lens": ((4, 2600), (9, 2052)), "K": 1200})
     # Pages and columns whose number takes more than 16 bits; inner products that float16 does not hold.
     yield Sample("far_pages", {**base, "page": 1, "lens": ((1, 5), (2, 9)), "spare": 70_000}, dtypes=("bfloat16",))
     yield Sample("far_columns", {**base, "H": 1, "page": 128, "lens": ((1, 66_000),)}, dtypes=("bfloat16",))

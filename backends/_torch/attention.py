@@ -182,11 +182,9 @@ def _chosen(indices: Tensor) -> tuple[Tensor, Tensor | None]:
     Where counting the valid ones would make the host wait, all K are read: the first valid one stands in for every
     -1, and position 0 where there is none, of a request that has keys.
     """
-    if indices.numel() == 0:
-        return indices, None
-    if in_host_memory(indices):
-        return indices if indices.amin() >= 0 else indices[indices >= 0], None
     valid = indices >= 0
+    if in_host_memory(indices) or indices.numel() == 0:
+        return indices[valid], None
     first = indices.index_select(0, valid.int().argmax(keepdim=True)).clamp_min(0)
     return torch.where(valid, indices, first), valid
 
