@@ -1,7 +1,9 @@
 """Repairs of Triton's interpreter, versions 3.6 to 3.9, which computes bfloat16 wrong and says nothing.
 
 It multiplies and adds the bits of bfloat16 as integers, rounds to bfloat16 and fp8 by cutting off, and reduces by xor
-in a Python loop. Here: bfloat16 is widened, computed in fp32 and rounded to nearest even. A lock lets one thread
+in a Python loop. Here: bfloat16 is widened, computed in fp32 and rounded to nearest even. Tiles are multiplied row by
+row, so that a row has the same bits wherever it stands, as on a chip: on some CPUs NumPy's BLAS sums the last rows of a
+tile in another order. A lock lets one thread
 interpret at a time: for the length of a launch the interpreter replaces functions of ``triton.language``. Arguments
 are taken as they are: copies of them would be allocations that no kernel asked for, and copying them back when a kernel
 ends a write to every input. And functions of ``triton.language`` are replaced once in a launch, not at every call of a
@@ -63,6 +65,12 @@ def narrowed(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def row_by_row(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b."""
+    rows: np.ndarray = np.matmul(a[:, None, :], b)[:, 0]
+    return rows
+
+
 def _converted(original: Any) -> Any:
     def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
         if rounding == interpreter._ir.ROUNDING_MODE.RTZ or source not in _TORCH or target not in _TORCH:
@@ -85,6 +93,8 @@ def _dot(original: Any) -> Any:
             interpreter.TensorHandle(widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
             for x in (a, b)
         )
+        if a.data.dtype == b.data.dtype == c.data.dtype == np.float32 and a.data.ndim == 2:
+            return interpreter.TensorHandle(row_by_row(a.data, b.data) + c.data, c.dtype.scalar)
         return original(self, a, b, c, *rest)
 
     return create_dot
