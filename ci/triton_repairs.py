@@ -66,8 +66,8 @@ def narrowed(values: np.ndarray) -> np.ndarray:
 
 
 def row_by_row(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b."""
-    rows: np.ndarray = np.matmul(a[:, None, :], b)[:, 0]
+    """a @ b in float32."""
+    rows: np.ndarray = np.matmul(a[:, None, :], b, dtype=np.float32)[:, 0]
     return rows
 
 
@@ -93,7 +93,8 @@ def _dot(original: Any) -> Any:
             interpreter.TensorHandle(widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
             for x in (a, b)
         )
-        if a.data.dtype == b.data.dtype == c.data.dtype == np.float32 and a.data.ndim == 2:
+        numbers = a.data.dtype.kind == b.data.dtype.kind == "f"  # fp8 is bits, which the original widens
+        if numbers and c.data.dtype == np.float32 and a.data.ndim == 2:
             return interpreter.TensorHandle(row_by_row(a.data, b.data) + c.data, c.dtype.scalar)
         return original(self, a, b, c, *rest)
 

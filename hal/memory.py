@@ -1,4 +1,5 @@
-"""Which tensors lie in the same memory: what a call writes must be no other argument of it."""
+"""Which tensors lie in the same memory: what a call writes must be no other argument of it. And whether a tensor still
+is what it was."""
 
 from __future__ import annotations
 
@@ -47,3 +48,13 @@ def _span(tensor: torch.Tensor) -> int:
     """Bytes from the first element to the end of the last."""
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (steps + 1) * tensor.itemsize
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor has been written. Inference tensors have no counter, and a write to one is not seen."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def state(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What changes when a tensor is written, moved, converted or given other data."""
+    return version(tensor), tensor.data_ptr(), tensor.dtype, tensor.device

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from glm5_hal.errors import HalError
+from glm5_hal.memory import version
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ class StepPlan:
                 value=host,
                 fix="build the offsets with torch.cumsum over the query lengths",
             )
-        versions = {"seq_lens": _version(seq_lens), "cu_seqlens_q": _version(cu_seqlens_q)}
+        versions = {"seq_lens": version(seq_lens), "cu_seqlens_q": version(cu_seqlens_q)}
         return StepPlan(seq_lens, cu_seqlens_q, host, max(lens, default=0), max(queries, default=0), versions)
 
     @contextmanager
@@ -93,17 +94,12 @@ class StepPlan:
 
     def _holds(self, *names: str) -> bool:
         """A buffer that was written after the plan was built no longer holds the plan's values."""
-        return all(_version(getattr(self, name)) == self._versions[name] for name in names)
+        return all(version(getattr(self, name)) == self._versions[name] for name in names)
 
 
 def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What two tensors agree in if they are the same elements of the same memory."""
     return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Inference tensors have no write counter: there a plan is rebuilt by its owner, and a stale one is not seen."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 _plan: ContextVar[StepPlan | None] = ContextVar("glm5_hal_plan", default=None)

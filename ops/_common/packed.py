@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from glm5_hal.memory import state
+
 #: Elements of weights from which reordering them is worth its memory.
 LARGE = 1 << 18
 #: Rows to reorder for: weights for one row of float32 would be left as they are, and serve more rows badly.
@@ -24,10 +26,10 @@ _reorder: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Weights as oneDNN likes them, and which writes to the plain ones they have seen."""
+    """Weights as oneDNN likes them, and what the plain ones were then."""
 
     weight: Tensor
-    version: int
+    state: tuple[Any, ...]
 
 
 #: By the plain weights, as long as those live. A copy of them is another tensor and begins without.
@@ -37,18 +39,18 @@ _packed: Any = WeakTensorKeyDictionary()
 def pack(weight: Tensor) -> Tensor:
     """The same tensor, [out, in]. If it is large and its products would run on oneDNN, they are faster from now on.
 
-    Weights that are written later are multiplied as they are then, slowly: pack them again. (Tensors made in
-    ``torch.inference_mode()`` do not count what is written to them: there a write is not seen.)
+    Weights that are written or replaced later are multiplied as they are then, slowly: pack them again. Not every write
+    is counted: those through ``weight.data`` and those to tensors made in ``torch.inference_mode()`` are not seen.
     """
     if _is_taken(weight):
-        _packed[weight] = Packed(_reorder(weight.detach(), ROWS), _version(weight))
+        _packed[weight] = Packed(_reorder(weight.detach(), ROWS), state(weight))
     return weight
 
 
 def packed(weight: Tensor) -> Tensor | None:
-    """What `pack` made of these weights, unless they have been written since."""
+    """What `pack` made of these weights, unless they have changed since."""
     kept = _packed.get(weight) if _packed else None
-    return kept.weight if kept is not None and kept.version == _version(weight) else None
+    return kept.weight if kept is not None and kept.state == state(weight) else None
 
 
 def _is_taken(weight: Tensor) -> bool:
@@ -67,7 +69,3 @@ def _is_taken(weight: Tensor) -> bool:
 
 def _has_bfloat16(weight: Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

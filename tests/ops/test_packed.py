@@ -113,6 +113,20 @@ def test_a_parameters_writes_are_seen_through_what_was_detached_of_it() -> None:
 
 
 @x86
+def test_weights_that_were_given_other_data_are_read_as_they_are() -> None:
+    """As Module.to and many loaders do it: no write is counted then."""
+    module, x = torch.nn.Linear(640, 520, bias=False), torch.randn(3, 640)
+    pack(module.weight)
+    module.weight.data = torch.zeros(520, 640)
+    with torch.no_grad():
+        assert (linear(x, module.weight) == 0.0).all()
+    pack(module.weight)
+    module.to(torch.bfloat16)
+    with torch.no_grad():
+        assert (linear(x.bfloat16(), module.weight) == 0.0).all()
+
+
+@x86
 def test_a_copy_begins_without() -> None:
     weight = pack(weights())
     for other in (copy.deepcopy(weight), weight.clone(), weight.detach(), weight.view(520, 640)):

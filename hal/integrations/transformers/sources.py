@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from glm5_hal.errors import HalError
+from glm5_hal.memory import state
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,22 +37,17 @@ def sources(name: str, root: nn.Module) -> Iterator[Source]:
             for key, held in place.items():
                 full = f"{path}.{key}"
                 if held is not None and ("layernorm" not in full or "_a_layernorm" in full):
-                    yield Source(full, place, key, held, _state(held) if isinstance(held, Tensor) else ())
+                    yield Source(full, place, key, held, state(held) if isinstance(held, Tensor) else ())
 
 
 def check_unchanged(sources: Iterable[Source], *, again: str) -> None:
     """Raises HalError where a weight was written, moved, converted or replaced since; ``again`` derives anew."""
     for source in sources:
         replaced = source.place.get(source.key) is not source.held
-        if replaced or (source.state and _state(source.held) != source.state):
+        if replaced or (source.state and state(source.held) != source.state):
             raise HalError(
                 "CONTRACT",
                 f"{source.name} has changed since {again}, which derived other weights from it",
                 value=source.name,
                 fix=f"call {again} again after loading, moving, converting or replacing weights",
             )
-
-
-def _state(tensor: Tensor) -> tuple[Any, ...]:
-    version = 0 if tensor.is_inference() else tensor._version
-    return version, tensor.data_ptr(), tensor.dtype, tensor.device

@@ -24,16 +24,20 @@ def repairs() -> Any:
     return module
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize(("M", "K", "N"), [(16, 16, 16), (16, 24, 48), (64, 576, 64), (128, 64, 128)])
-def test_a_row_has_the_same_bits_wherever_it_stands(repairs: Any, M: int, K: int, N: int, order: str) -> None:
+def test_a_row_has_the_same_bits_wherever_it_stands(
+    repairs: Any, M: int, K: int, N: int, order: str, dtype: Any
+) -> None:
     draw = np.random.default_rng(0)
-    a = draw.standard_normal((M, K), np.float32)
-    b = np.asarray(draw.standard_normal((K, N), np.float32), order=order)
+    a = draw.standard_normal((M, K), np.float32).astype(dtype)
+    b = np.asarray(draw.standard_normal((K, N), np.float32).astype(dtype), order=order)
     whole = repairs.row_by_row(a, b)
+    assert whole.dtype == np.float32
     assert np.allclose(whole, a.astype(np.float64) @ b.astype(np.float64), atol=1e-4)
     for row in (0, 5, M - 1):
         for place in (0, 3, 15):
-            tile = np.zeros((16, K), np.float32)
+            tile = np.zeros((16, K), dtype)
             tile[place] = a[row]
             assert np.array_equal(repairs.row_by_row(tile, b)[place], whole[row])
